@@ -82,7 +82,7 @@ def _own(candidate: nn.Module, model: nn.Module) -> None:
     for parameter in candidate.parameters():
         parameter.requires_grad_(True)
 
-# %% ../nbs/05_candidates.ipynb #63ee64c2
+# %% ../nbs/05_candidates.ipynb #44a4d360
 def materialize(
     model: nn.Module,  # the dense model, unchanged
     database: LevelDatabase,  # its level database
@@ -100,7 +100,8 @@ def materialize(
         if space.removed[index][level] == unit.n_structures:
             drop_sublayer(layers[unit.layer], unit.kind)
         else:
-            _materialize_unit(candidate, model, unit, database.kept(index, level), database.weight(index, level))
+            weight = database.weight(index, level)  # memory-mapped: training it in place would show in every later read
+            _materialize_unit(candidate, model, unit, database.kept(index, level), weight.clone() if trainable else weight)
     if any(layer.self_attn is None for layer in layers):
         if len(set(getattr(model.config, "layer_types", None) or [0])) > 1:
             raise ValueError("this model mixes kinds of attention (config.layer_types); whole attention blocks cannot be removed from it: use a grid without the top level")

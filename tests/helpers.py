@@ -1,0 +1,58 @@
+"""Small models with random weights, and random search spaces."""
+import torch
+import transformers
+from hypothesis import strategies as st
+from torch import nn
+
+from evoprune_nb.genome import Space, level_grid
+from evoprune_nb.models import Unit
+
+VOCABULARY = 100
+SMALL = dict(
+    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, vocab_size=VOCABULARY,
+    max_position_embeddings=128, bos_token_id=0, pad_token_id=0, eos_token_id=None)
+FAMILIES = {  # name → configuration class, what differs from SMALL
+    "llama-mha": ("LlamaConfig", dict(num_key_value_heads=6)),
+    "llama-gqa": ("LlamaConfig", {}),
+    "llama-biases": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True)),
+    "llama-tied": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=False)),
+    "qwen2-tied": ("Qwen2Config", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "mistral": ("MistralConfig", dict(sliding_window=8)),
+    "granite": ("GraniteConfig", dict(residual_multiplier=0.3, logits_scaling=2.0)),
+    "stablelm": ("StableLmConfig", dict(use_parallel_residual=True)),
+    "olmo": ("OlmoConfig", {}),
+    "nemotron": ("NemotronConfig", {}),
+}
+
+
+def small_model(family: str, seed: int = 0, attention: str = "sdpa") -> nn.Module:
+    "A random model of a family; weights, biases and norms are all far from their usual initial values."
+    kind, options = FAMILIES[family]
+    config = getattr(transformers, kind)(**SMALL | options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.2 * noise)
+    return model
+
+
+def random_blocks(n_blocks: int = 16, seq_len: int = 32, seed: int = 0) -> torch.Tensor:
+    "Random tokens, (n_blocks, seq_len)."
+    return torch.randint(1, VOCABULARY, (n_blocks, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def spaces(draw) -> Space:
+    "A space of a made-up model, with costs proportional to what is kept."
+    n_layers = draw(st.integers(2, 6))
+    group, n_kv_heads, n_channels = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(10, 400))
+    heads = draw(st.sampled_from(("free", "query", "group")))
+    units = [Unit(layer, "attn", f"{layer}.attn", f"{layer}.norm", group * n_kv_heads, 8, n_kv_heads) for layer in range(n_layers)]
+    units += [Unit(layer, "mlp", f"{layer}.mlp", f"{layer}.norm2", n_channels, 1) for layer in range(n_layers)]
+    removed = level_grid(units, heads, draw(st.integers(2, 12)))
+    params = tuple(tuple((unit.n_structures - k) * 64 * unit.structure_size for k in levels) for unit, levels in zip(units, removed))
+    return Space(tuple(units), removed, params, draw(st.integers(0, 10_000)), "made-up")

@@ -1,0 +1,195 @@
+"""Text becomes disjoint, repeatable blocks of tokens."""
+import json
+import random
+
+import pandas
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evoprune_nb.data import SPLITS, TokenPool, derive_seed, documents, load_pools, split_of
+
+SEQ = 8
+
+
+class Numbers:
+    "A tokenizer of documents that are lists of numbers."
+    eos_token_id, bos_token_id = 0, None
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def write(path, texts, column="text"):
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def numbered():
+    "200 documents that fill one block each; document n is made of the token n only."
+    return [f"{n} " * (SEQ - 1) for n in range(1, 201)]
+
+
+def documents_in(pool: TokenPool) -> set[int]:
+    return {int(token) for token in pool.blocks.flatten()} - {0}
+
+
+def test_splits_are_disjoint_by_document(numbered, tmp_path):
+    "Every document is in exactly one split, all its copies in the same one, and the shares are about those announced."
+    pools = load_pools(write(tmp_path / "a.jsonl", numbered * 2), Numbers(), SEQ)
+    found = {split: documents_in(pool) for split, pool in pools.items()}
+    assert set.union(*found.values()) == set(range(1, 201)) and sum(map(len, found.values())) == 200
+    assert all(pools[split].n_tokens == 2 * SEQ * len(found[split]) for split in SPLITS)
+    assert all(abs(len(found[split]) / 200 - share) < 0.1 for split, share in SPLITS.items())
+
+
+def test_splits_do_not_depend_on_order_or_company(numbered, tmp_path):
+    "Shuffling the documents, or leaving half of them out, moves no document to another split; another seed does."
+    whole = load_pools(write(tmp_path / "a.jsonl", numbered), Numbers(), SEQ)
+    shuffled = load_pools(write(tmp_path / "b.jsonl", random.Random(0).sample(numbered, 200)), Numbers(), SEQ)
+    half = load_pools(write(tmp_path / "c.jsonl", numbered[::2]), Numbers(), SEQ)
+    other = load_pools(tmp_path / "a.jsonl", Numbers(), SEQ, split_seed=1)
+    for split in SPLITS:
+        assert documents_in(shuffled[split]) == documents_in(whole[split])
+        assert documents_in(half[split]) == documents_in(whole[split]) & set(range(1, 201, 2))
+        assert documents_in(other[split]) != documents_in(whole[split])
+
+
+@given(st.text(), st.integers(0, 10))
+def test_split_is_a_function_of_text_and_seed(text, seed):
+    "Any text has a split, always the same."
+    assert split_of(text, seed) in SPLITS and split_of(text, seed) == split_of(text, seed)
+
+
+def test_pool_is_filled_to_what_was_asked(numbered, tmp_path):
+    "A pool with a token budget is the beginning of the full pool, in whole blocks."
+    path = write(tmp_path / "a.jsonl", numbered)
+    full = load_pools(path, Numbers(), SEQ)["tuning"]
+    part = load_pools(path, Numbers(), SEQ, tokens={"tuning": 5 * SEQ - 1})
+    assert set(part) == {"tuning"} and torch.equal(part["tuning"].blocks, full.blocks[:5])
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(tokens={"tuning": 100_000}), r"asked for 100,000 tuning tokens, but .*a.jsonl has {n:,} in that split"),
+    (dict(seq_len=5_000), r"the calibration split of .* has \d+ tokens, too few for one block of 5000"),
+    (dict(tokens={"test": 8}), "unknown splits .*calibration, tuning, scoring, heldout")])
+def test_too_little_text_says_how_much_there_is(numbered, tmp_path, options, message):
+    "A split that is too small, or does not exist, is an error with the numbers or names needed to do better."
+    path = write(tmp_path / "a.jsonl", numbered)
+    n = load_pools(path, Numbers(), SEQ)["tuning"].n_tokens
+    with pytest.raises(ValueError, match=message.format(n=n)):
+        load_pools(path, Numbers(), **dict(seq_len=SEQ) | options)
+
+
+def pool_of(n_blocks: int) -> TokenPool:
+    return TokenPool("tuning", torch.arange(n_blocks * 4, dtype=torch.int32).view(n_blocks, 4))
+
+
+@given(st.integers(1, 12), st.integers(0, 2**62), st.data())
+def test_draws_repeat_nothing_within_an_epoch(n_blocks, seed, data):
+    "A draw of k blocks has each block at most once per pass over the pool, is of the length asked for, and is repeatable."
+    epochs = data.draw(st.integers(1, 3))
+    n = data.draw(st.integers(1, n_blocks * epochs))
+    draw = pool_of(n_blocks).draw(4 * n + data.draw(st.integers(0, 3)) if n < n_blocks * epochs else 4 * n, seed, epochs)
+    firsts = draw[:, 0].tolist()
+    assert draw.shape == (n, 4) and draw.dtype == torch.int64 and torch.equal(draw, draw[:, :1] + torch.arange(4))
+    assert all(len(set(part)) == len(part) for part in (firsts[i : i + n_blocks] for i in range(0, n, n_blocks)))
+    assert torch.equal(draw, pool_of(n_blocks).draw(4 * n, seed, epochs))
+
+
+def test_seeds_matter_and_the_global_generator_does_not():
+    "Another seed is another draw; reseeding torch is not, and a draw leaves torch's generator where it was."
+    first, state = pool_of(50).draw(80, 1), torch.get_rng_state()
+    assert not torch.equal(first, pool_of(50).draw(80, 2))
+    torch.manual_seed(99)
+    assert torch.equal(first, pool_of(50).draw(80, 1))
+    torch.set_rng_state(state)
+    pool_of(50).draw(80, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_repeats_must_be_allowed_by_name():
+    "More tokens than there are need epochs=2 or more; the error says how many there are."
+    with pytest.raises(ValueError, match=r"asked for 60 tuning tokens, but there are 40 \(blocks of 4\); pass epochs=2"):
+        pool_of(10).draw(60, 0)
+    assert len(pool_of(10).draw(60, 0, epochs=2)) == 15
+    with pytest.raises(ValueError, match="80 in 2 epochs"):
+        pool_of(10).draw(84, 0, epochs=2)
+    with pytest.raises(ValueError, match="3 tuning tokens do not fill one block of 4"):
+        pool_of(10).draw(3, 0)
+
+
+def test_fingerprint_names_the_blocks():
+    "Other blocks, or the same in another split, have another fingerprint."
+    pools = [pool_of(10), pool_of(11), TokenPool("scoring", pool_of(10).blocks), TokenPool("tuning", pool_of(10).blocks.flip(0))]
+    assert len({pool.fingerprint() for pool in pools}) == 4 and pool_of(10).fingerprint() == pools[0].fingerprint()
+
+
+TEXTS = ["first line\nsecond line", "Zürich, 東京", "third"]
+
+
+def make_source(path, texts):
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pandas.DataFrame({"text": texts, "other": range(len(texts))}).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".parquet"])
+def test_local_files_give_their_documents(tmp_path, ending):
+    "Text, JSON-lines and parquet files give the same documents in order; empty ones are left out."
+    source = make_source(tmp_path / f"a{ending}", TEXTS if ending == ".txt" else [TEXTS[0], "", *TEXTS[1:], " \n"])
+    assert [text.strip() for text in documents(source)] == TEXTS
+    assert list(documents(str(source))) == list(documents(source))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("missing.jsonl", None, "no such file"),
+    ("missing.dat", None, "neither embedded .wikipedia-sample., nor a local file, nor a dataset"),
+    ("table.csv", "text\nx\n", r"cannot read \.csv; known formats are \.txt, \.jsonl, \.json, \.parquet"),
+    ("noending", "x", "file without ending"),
+    ("column.jsonl", '{"body": "x", "title": "y"}\n', "no column 'text'; it has body, title"),
+    ("number.jsonl", '{"text": 5}\n', "text"),
+    ("empty.txt", "", "0 tokens"),
+    ("empty.jsonl", "", "empty"),
+    ("broken.jsonl", "no json\n", "broken.jsonl"),
+    ("broken.parquet", "no parquet", "broken.parquet"),
+])
+def test_unusable_sources_are_named(tmp_path, name, content, message):
+    "A source that is missing, unreadable or without the column is a ValueError that names it and what is wrong."
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_pools(tmp_path / name, Numbers(), SEQ)
+    assert name in str(error.value)
+
+
+def test_unreachable_dataset_is_named():
+    "A hub id that cannot be reached is an error that lists what a source can be."
+    with pytest.raises(ValueError, match="'no-such/dataset' is neither embedded"):
+        list(documents("no-such/dataset"))
+
+
+def test_column_can_be_chosen(tmp_path):
+    "The text may be in a column of another name."
+    assert list(documents(write(tmp_path / "a.jsonl", ["x", "y"], "body"), column="body")) == ["x", "y"]
+
+
+def test_documents_are_joined_by_end_of_text(tiny, tokenizer, tmp_path):
+    "With a real tokenizer, a pool is the tokens of its documents, each followed by the end-of-text token, and nothing else."
+    texts = [text for text in (f"Document number {n} is about pruning." for n in range(40)) if split_of(text) == "tuning"]
+    pool = load_pools(write(tmp_path / "a.jsonl", texts), tokenizer, 16, tokens={"tuning": 64})["tuning"]
+    stream = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    assert pool.blocks.flatten().tolist() == stream[:64]
+
+
+def test_derived_seeds_differ_by_every_part():
+    "Seeds depend on each part and its place, fit torch, and are the same in every process."
+    seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 1), (1, 0), (0, "1"), (0, 1, "tuning"), (0, 1, "scoring"), ("01",), (0, "01")]}
+    assert len(seeds) == 9 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, 3, 1, "tuning") == 2585629962365991260, "a change here would break the replay of every run made before"

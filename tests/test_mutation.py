@@ -1,0 +1,91 @@
+"""Offspring are new, within the budget, and reproducible."""
+import random
+
+import pytest
+from helpers import small_model, spaces
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evoprune_nb.genome import level_grid, make_space, plan_budget
+from evoprune_nb.models import prunable_units
+from evoprune_nb.mutation import MutationError, level_swap, make_offspring
+
+seeds = st.integers(0, 2**32)
+
+
+@st.composite
+def parents(draw):
+    "A space, a genome in it, and some frozen units."
+    space = draw(spaces())
+    genome = space.genome([draw(st.integers(0, space.n_levels(unit) - 1)) for unit in range(len(space.units))])
+    return space, genome, draw(st.sets(st.integers(0, len(space.units) - 1)))
+
+
+@given(parents(), seeds, st.integers(1, 5))
+def test_level_swap_conserves_levels_of_each_kind(drawn, seed, max_flips):
+    "Swaps keep the sum of levels of attention and of MLPs, stay in the grid, leave frozen units alone, and are at most max_flips."
+    space, parent, frozen = drawn
+    child = space.check(level_swap(parent, space, random.Random(seed), max_flips, frozen))
+    assert sum(child.attn) == sum(parent.attn) and sum(child.mlp) == sum(parent.mlp)
+    assert all(child.levels[unit] == parent.levels[unit] for unit in frozen)
+    assert child.distance(parent) % 2 == 0 and child.distance(parent) <= 2 * max_flips
+
+
+@given(parents(), seeds)
+def test_level_swap_is_a_function_of_its_generator(drawn, seed):
+    "The same seed gives the same child, whatever the global generator is doing."
+    space, parent, frozen = drawn
+    first = level_swap(parent, space, random.Random(seed), frozen=frozen)
+    random.random()
+    assert level_swap(parent, space, random.Random(seed), frozen=frozen) == first
+
+
+@given(spaces(), st.floats(0, 1), seeds, st.integers(1, 8), st.data())
+def test_offspring_keep_every_promise_or_say_how_many_do(space, sparsity, seed, n, data):
+    "Offspring are n distinct genomes within the budget, not the parent, frozen units untouched, and reproducible; or an error says how many there are."
+    budget, parent = plan_budget(space, sparsity=sparsity, tolerance=0.05)
+    frozen = data.draw(st.sets(st.integers(0, len(space.units) - 1), max_size=len(space.units) // 2))
+    make = lambda: make_offspring(parent, space, budget, n, random.Random(seed), frozen=frozen, max_tries=40)
+    try:
+        offspring = make()
+    except MutationError as error:
+        assert any(f"only {found} of {n}" in str(error) for found in range(n))
+        return
+    assert len(set(offspring)) == len(offspring) == n and parent not in offspring
+    assert all(budget.target * 0.95 <= space.n_params(child) <= budget.target for child in offspring)
+    assert all(child.levels[unit] == parent.levels[unit] for child in offspring for unit in frozen)
+    assert make() == offspring
+
+
+@pytest.fixture(scope="module")
+def space():
+    model = small_model("llama-gqa")
+    units = prunable_units(model)
+    return make_space(model, units, level_grid(units))
+
+
+def test_offspring_are_found_where_they_exist(space):
+    "An ordinary space has a full generation of offspring, and every unit is reached by mutation."
+    budget, parent = plan_budget(space, sparsity=0.5, tolerance=0.05)
+    changed = set()
+    for seed in range(20):
+        offspring = make_offspring(parent, space, budget, 16, random.Random(seed))
+        changed |= {unit for child in offspring for unit in range(6) if child.levels[unit] != parent.levels[unit]}
+    assert changed == set(range(6))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(frozen=range(6)), "only 0 of 4 .*6 of 6 units frozen.*thaw"), (dict(frozen=(0, 1, 2, 3, 4)), "only 0 of 4"), (dict(sparsity=1.0), "only 0 of 4"), (dict(n=10_000), "of 10000")])
+def test_impossible_generations_end_with_an_error(space, options, message):
+    "Everything frozen, a single thawed unit, nothing left to swap, more offspring than exist: an error, not an endless loop."
+    options = dict(sparsity=0.5, n=4, frozen=()) | options
+    budget, parent = plan_budget(space, sparsity=options.pop("sparsity"))
+    with pytest.raises(MutationError, match=message):
+        make_offspring(parent, space, budget, rng=random.Random(0), max_tries=20, **options)
+
+
+def test_unknown_operator_names_the_known_ones(space):
+    "A misspelt operator is an error that lists those there are."
+    budget, parent = plan_budget(space, sparsity=0.5)
+    with pytest.raises(ValueError, match="level_swap"):
+        make_offspring(parent, space, budget, 1, random.Random(0), operator="levelswap")

@@ -1,0 +1,193 @@
+"""Training computes what it says, resumes exactly, and reports what went wrong."""
+import copy
+
+import pytest
+import torch
+from helpers import FAMILIES, random_blocks, small_model
+from torch import nn
+
+from evoprune_nb.data import TokenPool
+from evoprune_nb.training import MasterOptimizer, Training, final_hidden, head_is_linear, next_token_loss, post_train, train
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith(("llama", "qwen", "mistral"))])
+def test_loss_is_that_of_transformers(family):
+    "Mean and sum of the next-token loss agree with transformers' own, for every architecture."
+    model, blocks = small_model(family), random_blocks(3, 20)
+    with torch.no_grad():
+        expected = model(input_ids=blocks, labels=blocks).loss
+        torch.testing.assert_close(next_token_loss(model, blocks), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(next_token_loss(model, blocks, "sum"), expected * 3 * 19, rtol=1e-5, atol=1e-4)
+
+
+def test_loss_on_text(tiny, pools):
+    "The same on the embedded model and text."
+    blocks = pools["heldout"].draw(512, seed=0)
+    with torch.no_grad():
+        torch.testing.assert_close(next_token_loss(tiny, blocks), tiny(input_ids=blocks, labels=blocks).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_heads_are_recognised():
+    "Where logits are not simply head(hidden), as with Granite's scaling, head_is_linear says so."
+    assert head_is_linear(small_model("llama-tied")) and not head_is_linear(small_model("granite"))
+
+
+def test_blocks_are_seen_once_in_order():
+    "One pass over the given blocks, in order: losses and tokens are those of the batches, the first loss that of the untouched model."
+    model, blocks = small_model("llama-gqa"), random_blocks(7, 10)
+    first = next_token_loss(model, blocks[:3]).item()
+    result = train(model, blocks, Training(batch_size=3))
+    assert result.losses[0] == first and len(result.losses) == 3 and result.tokens == 70 and result.finite
+
+
+def plain_training(model, blocks, settings) -> None:
+    "Float32 training in the obvious way, in place."
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    for batch in blocks.split(settings.batch_size):
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("settings", [Training(lr=1e-3), Training(lr=1e-3, weight_decay=0.1, max_grad_norm=0.1, batch_size=2)], ids=["default", "decay and clipping"])
+def test_training_is_plain_adamw(settings):
+    "In float32, the loop is AdamW with clipping and nothing else."
+    model, blocks = small_model("llama-tied"), random_blocks(8, 16)
+    expected = copy.deepcopy(model)
+    plain_training(expected, blocks, settings)
+    train(model, blocks, settings)
+    for a, b in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_masters_are_float32_weights():
+    "A bfloat16 model is trained on float32 masters: they follow plain float32 AdamW on the same gradients, and the model is them, rounded."
+    model, settings = small_model("llama-gqa").bfloat16(), Training(lr=1e-3)
+    masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
+    reference, optimizer = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.0, fused=True), MasterOptimizer(model, settings)
+    for batch in random_blocks(12, 16).split(4):
+        next_token_loss(model, batch).backward()
+        for master, parameter in zip(masters, model.parameters()):
+            master.grad = parameter.grad.float()
+        nn.utils.clip_grad_norm_(masters, 1.0)
+        reference.step()
+        optimizer.step(1e-3)
+        for master, mine, parameter in zip(masters, optimizer.masters, model.parameters()):
+            torch.testing.assert_close(mine, master, rtol=1e-6, atol=1e-7)
+            assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, mine.bfloat16()) and parameter.grad is None
+
+
+def test_updates_too_small_for_bfloat16_add_up():
+    "A hundred steps of 1e-4, each below bfloat16's resolution at 1, move a bfloat16 weight from 1 to 0.99."
+    layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(layer.weight)
+    optimizer = MasterOptimizer(layer, Training(lr=1e-4, optimizer="SGD"))
+    for _ in range(100):
+        layer(torch.ones(1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step(1e-4)
+    assert layer.weight.item() == torch.tensor(0.99, dtype=torch.bfloat16).item()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "RMSprop"])
+def test_resumed_training_is_bit_identical(tmp_path, monkeypatch, optimizer, dtype):
+    "Killed between checkpoints and called again, training ends with the weights and losses of a run never killed."
+    settings, blocks, path = Training(lr=1e-2, optimizer=optimizer, schedule="cosine", warmup=0.2, batch_size=2), random_blocks(20, 12), tmp_path / "checkpoint.safetensors"
+    whole, first, resumed = (small_model("llama-tied").to(dtype) for _ in range(3))
+    expected = train(whole, blocks, settings)
+    step, steps = MasterOptimizer.step, []
+
+    def interrupted(self, lr):
+        if len(steps) == 7:
+            raise Interrupted
+        steps.append(lr)
+        step(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MasterOptimizer, "step", interrupted)
+        with pytest.raises(Interrupted):
+            train(first, blocks, settings, checkpoint=path, checkpoint_every=3)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    monkeypatch.setattr(MasterOptimizer, "step", lambda self, lr: steps.append(lr) or step(self, lr))
+    result = train(resumed, blocks, settings, checkpoint=path, checkpoint_every=3)
+    assert len(steps) == 7 + 4, "only the steps after the last checkpoint, at 6 of 10, are done again"
+    assert result == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_finished_training_is_not_repeated(tmp_path):
+    "Calling a finished run again returns its result and weights without a step."
+    blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
+    model, again = small_model("llama-gqa"), small_model("llama-gqa")
+    result = train(model, blocks, Training(batch_size=2), checkpoint=path, checkpoint_every=2)
+    assert train(again, blocks, Training(batch_size=2), checkpoint=path, checkpoint_every=2) == result
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_non_finite_loss_is_reported():
+    "A loss that is not finite ends the loop and is in the result; it is no exception, and no later block is seen."
+    model = small_model("llama-gqa")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    result = train(model, random_blocks(8, 12), Training(batch_size=2))
+    assert not result.finite and len(result.losses) == 1 and result.tokens == 24
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(optimizer="AdamWW"), "'AdamWW' is not usable here"), (dict(optimizer="LBFGS"), "'LBFGS' is not usable"), (dict(optimizer="Optimizer"), "not usable"),
+    (dict(optimizer="Rprop"), "'Rprop' is not usable"), (dict(optimizer="Muon"), "'Muon' is not usable"), (dict(optimizer="lr_scheduler"), "not usable"),
+    (dict(schedule="linear"), "'constant' or 'cosine'"), (dict(lr=0), "lr=0"), (dict(lr=float("nan")), "lr=nan"), (dict(batch_size=0), "batch_size=0"),
+    (dict(warmup=1.0), "warmup=1.0"), (dict(warmup=-0.1), "warmup=-0.1"), (dict(weight_decay=-1.0), "weight_decay=-1"), (dict(max_grad_norm=0.0), "max_grad_norm=0"),
+])
+def test_bad_settings_are_named(options, message):
+    "Settings that cannot work are errors with the value seen, when they are written down and not when training starts."
+    with pytest.raises(ValueError, match=message):
+        Training(**options)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (Training(lr=1.0), [1.0] * 10), (Training(lr=1.0, warmup=0.4), [0.25, 0.5, 0.75, 1.0] + [1.0] * 6), (Training(lr=2.0, schedule="cosine"), None)])
+def test_learning_rate_schedules(settings, expected):
+    "Warm-up rises linearly to lr; cosine falls from lr to a tenth of it, and never rises."
+    rates = [settings.lr_at(step, 10) for step in range(10)]
+    if expected:
+        assert rates == pytest.approx(expected)
+    else:
+        assert rates[0] == 2.0 and rates == sorted(rates, reverse=True) and settings.lr_at(10, 10) == pytest.approx(0.2)
+
+
+def test_frozen_parameters_are_trained_too():
+    "Candidates come from models that may have frozen parameters; training reaches every one of them."
+    model = small_model("llama-gqa").requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    train(model, random_blocks(8, 16), Training(lr=1e-2))
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+
+
+def test_training_draws_no_random_numbers():
+    "Two runs on the same blocks end with the same weights, whatever torch's generator is doing, and leave it alone."
+    runs, state = [small_model("qwen3"), small_model("qwen3")], torch.get_rng_state()
+    for seed, model in enumerate(runs):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        train(model, random_blocks(8, 16))
+        assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in runs)))
+
+
+def test_post_training_draws_from_the_pool():
+    "Post-training sees n_tokens of the pool, another order with another seed, and refuses before the first step what the pool cannot give."
+    pool = TokenPool("tuning", random_blocks(12, 16).int())
+    first, again, other = (post_train(small_model("llama-gqa"), pool, 160, seed=seed, progress="") for seed in (0, 0, 1))
+    assert first.tokens == 160 and first == again and first.losses != other.losses
+    model = small_model("llama-gqa")
+    with pytest.raises(ValueError, match=r"asked for 400 tuning tokens, but there are 192"):
+        post_train(model, pool, 400, progress="")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_model("llama-gqa").parameters()))
+    assert post_train(model, pool, 380, epochs=2, progress="").tokens == 368
