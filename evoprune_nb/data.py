@@ -58,7 +58,7 @@ def wikipedia_sample() -> Path:
         os.replace(scratch, target)
     return target
 
-# %% ../nbs/01_data.ipynb #b400c540
+# %% ../nbs/01_data.ipynb #3f24bac5
 EMBEDDED_TEXT = {"wikipedia-sample": wikipedia_sample}
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -80,7 +80,12 @@ def documents(
         if path.suffix not in _FORMATS:
             raise ValueError(f"text source {str(source)!r}: cannot read {path.suffix or 'a file without ending'}; known formats are {', '.join(_FORMATS)}")
         options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+        try:
+            rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+        except StopIteration:  # how `datasets` says that a file is empty
+            return
+        except Exception as error:  # each format's reader has errors of its own, not all of which name the file
+            raise ValueError(f"text source {str(source)!r} cannot be read: {type(error).__name__}: {error}") from error
     else:
         name, _, configuration = str(source).partition(":")
         try:
@@ -88,9 +93,18 @@ def documents(
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"text source {source!r} is neither embedded ({', '.join(EMBEDDED_TEXT)}), nor a local file, nor a dataset that could be reached: {error}") from error
-    for row in rows:
+    rows = iter(rows)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"text source {str(source)!r} cannot be read: {type(error).__name__}: {error}") from error
         if column not in row:
             raise ValueError(f"text source {str(source)!r} has no column {column!r}; it has {', '.join(row)}")
+        if row[column] is not None and not isinstance(row[column], str):
+            raise ValueError(f"text source {str(source)!r}: column {column!r} holds {type(row[column]).__name__}, not text")
         if row[column] and row[column].strip():
             yield row[column]
 

@@ -107,7 +107,7 @@ class Genome:
         "Level steps between two genomes (L1)."
         return sum(abs(a - b) for a, b in zip(self.levels, other.levels, strict=True))
 
-# %% ../nbs/02_genome.ipynb #2aac0199
+# %% ../nbs/02_genome.ipynb #3273a43d
 def unit_params(
     model: nn.Module,  # the dense model
     unit: Unit,  # one of its units
@@ -118,7 +118,7 @@ def unit_params(
     if kept == 0:
         return 0
     sublayer = model.get_submodule(unit.module)
-    total = model.get_submodule(unit.norm).weight.numel()
+    total = sum(parameter.numel() for parameter in model.get_submodule(unit.norm).parameters())
     for name, parameter in sublayer.named_parameters():
         part, _, which = name.rpartition(".")
         if part in ("q_proj", "gate_proj", "up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):

@@ -153,7 +153,7 @@ def _smollm2_dir() -> Path:
 
 EMBEDDED_MODELS = {"tiny": lambda: Path(str(files("evoprune_nb") / "tiny")), "smollm2-135m": _smollm2_dir}
 
-# %% ../nbs/00_models.ipynb #2d193bc7
+# %% ../nbs/00_models.ipynb #97ba7a18
 def load_model(
     name: str = "tiny",  # "tiny", "smollm2-135m", a local directory, or a hub id
     dtype: str | torch.dtype = "float32",  # dtype of the weights
@@ -168,8 +168,12 @@ def load_model(
 
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     source = str(EMBEDDED_MODELS[name]()) if name in EMBEDDED_MODELS else str(name)
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ValueError(f"no model {name!r}: there is no such directory")
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise ValueError(f"no model {name!r}: there is no such directory")
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise ValueError(f"no model {name!r}: the directory has no config.json")
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -202,7 +206,7 @@ class Unit:
         "Path of the linear layer whose input columns are scored and updated."
         return f"{self.module}.{'o_proj' if self.kind == 'attn' else 'down_proj'}"
 
-# %% ../nbs/00_models.ipynb #9582bc7d
+# %% ../nbs/00_models.ipynb #0b92aca0
 _PARTS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -222,9 +226,11 @@ def _why_not(layer: nn.Module, kind: str) -> str | None:
     missing = [part for part in _PARTS[kind] if not isinstance(getattr(sublayer, part, None), nn.Linear)]
     if missing:
         return f"{type(sublayer).__name__} has no linear {', '.join(missing)}"
-    extra = [name for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm") if hasattr(layer, name)]
-    if extra or not hasattr(layer, "input_layernorm") or not hasattr(layer, "post_attention_layernorm"):
+    one_norm_each = all(isinstance(getattr(layer, name, None), nn.Module) for name in ("input_layernorm", "post_attention_layernorm"))
+    if not one_norm_each or hasattr(layer, "pre_feedforward_layernorm") or hasattr(layer, "post_feedforward_layernorm"):
         return f"{type(layer).__name__} does not have exactly one normalisation before each sublayer"
+    if hasattr(layer, "residual_multiplier"):
+        return f"{type(layer).__name__} scales what a sublayer adds to the residual stream"
     if kind == "attn" and any(hasattr(sublayer, norm) and getattr(sublayer, norm).weight.numel() != sublayer.head_dim for norm in ("q_norm", "k_norm")):
         return "its query/key normalisation spans all heads, so heads are not independent"
     return None

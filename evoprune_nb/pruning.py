@@ -199,7 +199,7 @@ def _kv_kept(unit: Unit, order: torch.Tensor, removed: Sequence[int]) -> list[in
     group = unit.n_structures // unit.n_kv_heads if unit.n_kv_heads else 1
     return [len(set((kept_structures(order, gone) // group).tolist())) if unit.kind == "attn" else 0 for gone in removed]
 
-# %% ../nbs/04_pruning.ipynb #a5e55998
+# %% ../nbs/04_pruning.ipynb #8a252c11
 class LevelDatabase:
     "The pruned weights of all units at all levels, read from a directory."
 
@@ -214,8 +214,8 @@ class LevelDatabase:
         if not path.exists():
             raise ValueError(f"{self.directory} holds no level database (no manifest.json); make one with build_database")
         self.manifest = json.loads(path.read_text())
-        if self.manifest["format"] != FORMAT_VERSION:
-            raise ValueError(f"{path} has format {self.manifest['format']}, this version reads {FORMAT_VERSION}")
+        if self.manifest.get("format") != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT_VERSION}")
         if (mine := model_fingerprint(model)) != self.manifest["model"]:
             raise ValueError(f"{self.directory} was built from another model: its fingerprint is {self.manifest['model']}, this model's is {mine}")
         self.units = [Unit(**row) for row in self.manifest["units"]]
@@ -252,7 +252,7 @@ class LevelDatabase:
         "Bytes on disk."
         return sum(file.stat().st_size for file in self.directory.iterdir())
 
-# %% ../nbs/04_pruning.ipynb #87f3f766
+# %% ../nbs/04_pruning.ipynb #75000784
 def _groups(units: Sequence[Unit], limit: int | None) -> list[list[Unit]]:
     "Consecutive units whose float32 Hessians together stay below `limit` bytes (at least one unit a group)."
     groups, used = [], 0
@@ -268,7 +268,7 @@ def _groups(units: Sequence[Unit], limit: int | None) -> list[list[Unit]]:
 def _start_manifest(path: Path, settings: dict) -> dict:
     "The manifest to continue from, or a new one; `ValueError` when the directory holds a different database."
     if not path.exists():
-        if path.parent.exists() and any(path.parent.iterdir()):
+        if path.parent.exists() and any(file.name != path.name + ".tmp" for file in path.parent.iterdir()):
             raise ValueError(f"{path.parent} is not empty and holds no level database; choose another directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, json.dumps(settings | {"built": {}}, indent=1))

@@ -6,7 +6,8 @@
 __all__ = ['POST_TRAINING', 'Training', 'final_hidden', 'head_is_linear', 'next_token_loss', 'MasterOptimizer', 'TrainingResult',
            'train', 'post_train']
 
-# %% ../nbs/06_training.ipynb #232be1bb
+# %% ../nbs/06_training.ipynb #b2a2e560
+import hashlib
 import inspect
 import json
 import math
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from .data import TokenPool, derive_seed
 
-# %% ../nbs/06_training.ipynb #933819b2
+# %% ../nbs/06_training.ipynb #b7095616
 @dataclass(frozen=True)
 class Training:
     "Settings of a training loop."
@@ -37,12 +38,13 @@ class Training:
 
     def __post_init__(self):
         optimizer = getattr(torch.optim, self.optimizer, None)
-        if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)) or self.optimizer in ("Optimizer", "LBFGS", "SparseAdam"):
+        if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)) or self.optimizer in ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Rprop"):
             raise ValueError(f"optimizer {self.optimizer!r} is not usable here; take a first-order class of torch.optim such as 'AdamW', 'SGD' or 'Adafactor'")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule {self.schedule!r} is unknown; use 'constant' or 'cosine'")
-        if not self.lr > 0 or self.batch_size < 1 or not 0 <= self.warmup < 1:
-            raise ValueError(f"need lr > 0, batch_size ≥ 1 and 0 ≤ warmup < 1; got lr={self.lr}, batch_size={self.batch_size}, warmup={self.warmup}")
+        in_range = self.lr > 0 and self.batch_size >= 1 and 0 <= self.warmup < 1 and self.weight_decay >= 0 and self.max_grad_norm > 0
+        if not in_range:
+            raise ValueError(f"need lr > 0, batch_size ≥ 1, 0 ≤ warmup < 1, weight_decay ≥ 0 and max_grad_norm > 0; got {self}")
 
     def lr_at(self, step: int, n_steps: int) -> float:
         "The learning rate of step `step` (from 0) of `n_steps`."
@@ -113,7 +115,7 @@ class MasterOptimizer:
                 if master is not parameter:
                     parameter.copy_(master)
 
-# %% ../nbs/06_training.ipynb #bc73a861
+# %% ../nbs/06_training.ipynb #0fb796da
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -135,8 +137,9 @@ def train(
         parameter.requires_grad_(True)
     result, optimizer = TrainingResult(), MasterOptimizer(model, settings)
     batches = blocks.split(settings.batch_size)
+    work = hashlib.sha256(f"{settings} {tuple(blocks.shape)}".encode() + blocks.numpy().tobytes()).hexdigest()[:16] if checkpoint else ""
     if checkpoint and Path(checkpoint).exists():
-        result = _resume(Path(checkpoint), optimizer)
+        result = _resume(Path(checkpoint), optimizer, work)
     start = len(result.losses)
     for step in tqdm(range(start, len(batches)), desc=progress, unit="step", initial=start, total=len(batches), disable=not progress):
         loss = next_token_loss(model, batches[step])
@@ -148,24 +151,28 @@ def train(
         loss.backward()
         optimizer.step(settings.lr_at(step, len(batches)))
         if checkpoint and (step + 1) % checkpoint_every == 0:
-            _save(Path(checkpoint), optimizer, result)
+            _save(Path(checkpoint), optimizer, result, work)
     return result
 
-# %% ../nbs/06_training.ipynb #5f90f92d
-def _save(path: Path, optimizer: MasterOptimizer, result: TrainingResult) -> None:
+# %% ../nbs/06_training.ipynb #f6ae3a53
+def _save(path: Path, optimizer: MasterOptimizer, result: TrainingResult, work: str) -> None:
     "Write the state of a loop to a safetensors file, whole or not at all."
     tensors = {f"master.{i}": master.detach() for i, master in enumerate(optimizer.masters)}
     for i, state in optimizer.optimizer.state_dict()["state"].items():
         tensors |= {f"state.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
     scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch, metadata={"losses": json.dumps(result.losses), "tokens": str(result.tokens)})
+    save_file(tensors, scratch, metadata={"losses": json.dumps(result.losses), "tokens": str(result.tokens), "work": work})
     scratch.replace(path)
 
 
-def _resume(path: Path, optimizer: MasterOptimizer) -> TrainingResult:
+def _resume(path: Path, optimizer: MasterOptimizer, work: str) -> TrainingResult:
     "Load a loop's state into the optimizer and its model; returns the result so far."
     states: dict[int, dict] = {}
     with safe_open(path, framework="pt") as file, torch.no_grad():
+        shapes = [list(master.shape) for master in optimizer.masters]
+        stored = [file.get_slice(f"master.{i}").get_shape() for i in range(sum(key.startswith("master.") for key in file.keys()))]
+        if file.metadata()["work"] != work or stored != shapes:
+            raise ValueError(f"{path} is the checkpoint of another training (other tokens, settings or model); delete it or name another file")
         for i, (parameter, master) in enumerate(zip(optimizer.parameters, optimizer.masters)):
             master.copy_(file.get_tensor(f"master.{i}"))
             parameter.copy_(master)

@@ -1,0 +1,36 @@
+# `make help` lists what can be made. Everything is installed into .venv, nothing outside of it.
+PYTHON ?= python3
+MODEL ?= tiny
+BIN := .venv/bin
+
+.PHONY: help install demo test lab clean
+.DEFAULT_GOAL := help
+
+help:  ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
+
+install: .venv/.installed  ## make .venv and install the package into it
+
+demo: .venv/.installed  ## prune a model start to end, with a report: make demo [MODEL=tiny|smollm2-135m]
+	$(BIN)/evoprune fetch $(MODEL) wikipedia-sample
+	$(BIN)/evoprune run nbs/experiments/demo.ipynb $(patsubst %,-f %,$(wildcard nbs/experiments/demo.$(MODEL).yaml))
+
+test: .venv/.dev  ## run every notebook and every test
+	$(BIN)/evoprune fetch
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|experiments$$)'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lab: .venv/.installed  ## open JupyterLab on the tour
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+clean:  ## remove .venv, runs and build files (reports and caches stay)
+	rm -rf .venv runs build dist *.egg-info
