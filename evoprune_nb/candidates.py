@@ -82,7 +82,7 @@ def _own(candidate: nn.Module, model: nn.Module) -> None:
     for parameter in candidate.parameters():
         parameter.requires_grad_(True)
 
-# %% ../nbs/05_candidates.ipynb #44a4d360
+# %% ../nbs/05_candidates.ipynb #657edf2e
 def materialize(
     model: nn.Module,  # the dense model, unchanged
     database: LevelDatabase,  # its level database
@@ -108,6 +108,7 @@ def materialize(
         renumber_cache(layers)
     if trainable:
         _own(candidate, model)
+    candidate.shares_weights = not trainable
     candidate.kept_structures = {unit.name: database.kept(index, level) for index, (unit, level) in enumerate(zip(space.units, genome.levels))}
     return candidate.eval()
 

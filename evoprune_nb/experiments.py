@@ -115,15 +115,19 @@ def text_table(
     numeric = [isinstance(rows[0][key], (int, float)) for key in header]
     return "\n".join("  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, numeric)).rstrip() for line in cells)
 
-# %% ../nbs/14_experiments.ipynb #eae43eb5
+# %% ../nbs/14_experiments.ipynb #7281bccd
+def _is_progress(output: dict) -> bool:
+    "Whether an output is (a piece of) a progress bar: error-stream text that moves the cursor or is blank, or a live widget."
+    if output.get("name") == "stderr":
+        return "\r" in output["text"] or not output["text"].replace("\x1b[A", "").strip()
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def _without_progress(notebook) -> None:
-    "Drop progress bars (error-stream text with carriage returns, widget views) from a notebook's outputs."
+    "Drop progress bars and papermill's own metadata from an executed notebook."
     for cell in notebook.cells:
-        cell.outputs = [
-            output for output in cell.get("outputs", [])
-            if not (output.get("name") == "stderr" and "\r" in output["text"]) and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})] if cell.cell_type == "code" else []
-        if cell.cell_type != "code":
-            del cell["outputs"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
     notebook.metadata.pop("widgets", None)
     notebook.metadata.pop("papermill", None)
 

@@ -45,7 +45,7 @@ def _empty(message: str) -> Figure:
     axes.text(0.5, 0.5, message, ha="center", va="center", color=GREY, fontsize=12)
     return figure
 
-# %% ../nbs/12_figures.ipynb #80ffada9
+# %% ../nbs/12_figures.ipynb #acce31f8
 def fitness_figure(
     history: History,  # of a run, finished or not
     log: bool = False,  # logarithmic fitness
@@ -67,8 +67,9 @@ def fitness_figure(
         axes.annotate("disqualified", (generation + 1, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", color=VERMILLION, fontsize=8)
     axes.plot(survivors.generation + 1, survivors.fitness.astype(float), color=BLUE, marker="o", label="survivor", zorder=3)
     name = "KL to the dense model (nats per token)" if history.config.fitness == "kl" else "perplexity"
-    axes.set(ylabel=name, yscale="log" if log else "linear", title="Fitness of all candidates (lower is better)")
-    axes.legend(fontsize=8, loc="upper right", framealpha=0.9)
+    axes.set(ylabel=name, yscale="log" if log else "linear")
+    axes.set_title("Fitness of all candidates (lower is better)", pad=24)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False)
     for lower in below:
         lower.plot(heldout.generation + 1, heldout.heldout_loss, color=BLUE, marker="o", markersize=4)
         lower.set(ylabel="held-out loss\n(nats per token)", title="Survivor before any training")
@@ -116,17 +117,19 @@ def sparsity_figure(
     axes.legend(ncols=3, fontsize=8, loc="upper center")
     return figure
 
-# %% ../nbs/12_figures.ipynb #bbf3cd81
+# %% ../nbs/12_figures.ipynb #a163cef3
 def stages_figure(
     history: History,  # of a run with at least one evaluation
-    generation: int | None = None,  # which one; None: the latest complete one
+    generation: int | None = None,  # which one; None: the latest in which the parent was replaced
 ) -> Figure:
     "Ranks of one generation's candidates, stage by stage: who fell where, and who changed places."
     frame = history.evaluations
     if frame.empty:
         return _empty("no candidate has been evaluated yet")
     if generation is None:
-        generation = int(history.survivors.generation.max()) if len(history.survivors) else 0
+        parents = {row["generation"]: row["parent"] for row in history.events if row["event"] == "generation"}
+        replaced = [row.generation for row in history.survivors.itertuples() if row.genome != parents[row.generation]]
+        generation = max(replaced, default=0)
     frame = frame[frame.generation == generation].copy()
     frame["rank"] = frame.groupby("stage").fitness.rank(method="first")
     n_stages = len(history.config.stages)

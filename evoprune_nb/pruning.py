@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'collect_hessians', 'PrunedUnit', 'kept_structures', 'prune_unit', 'LevelDatabase', 'build_database']
 
-# %% ../nbs/04_pruning.ipynb #4fedeb3b
+# %% ../nbs/04_pruning.ipynb #f7c7d68a
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -101,7 +102,13 @@ def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 64) -
         alive = alive[here]
     return torch.stack(order)
 
-# %% ../nbs/04_pruning.ipynb #0a5ae68d
+# %% ../nbs/04_pruning.ipynb #d03b0fb9
+def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    "The (size, size) blocks on the diagonal of a square matrix: (n, size, size)."
+    n = len(matrix) // size
+    return matrix.view(n, size, n, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: int = 0) -> torch.Tensor:
     "Order of removal of blocks of `size` columns; with `group`, one block of every `group` neighbours per round."
     alive, order, drawn = list(range(len(gram) // size)), [], set()
@@ -109,18 +116,17 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
         if group and all(block // group in drawn for block in alive):
             drawn.clear()
         n = len(alive)
-        diagonal_blocks = lambda matrix: matrix.view(n, size, n, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        scores = torch.linalg.solve(diagonal_blocks(inverse), diagonal_blocks(gram)).diagonal(dim1=1, dim2=2).sum(1).tolist()
+        scores = torch.linalg.solve(_diagonal_blocks(inverse, size), _diagonal_blocks(gram, size)).diagonal(dim1=1, dim2=2).sum(1).tolist()
         best = min((i for i in range(n) if not group or alive[i] // group not in drawn), key=scores.__getitem__)
         s = slice(best * size, (best + 1) * size)
         q = torch.linalg.solve(inverse[s, s], inverse[s])
         rest = torch.ones(n * size, dtype=torch.bool, device=gram.device)
         rest[s] = False
-        inverse_next = inverse - inverse[:, s] @ q
-        gram_next = gram - q.T @ gram[s] - gram[:, s] @ q + q.T @ gram[s, s] @ q
-        inverse, gram = inverse_next[rest][:, rest], gram_next[rest][:, rest]
+        gram = (gram - q.T @ gram[s] - gram[:, s] @ q + q.T @ gram[s, s] @ q)[rest][:, rest]
+        inverse = (inverse - inverse[:, s] @ q)[rest][:, rest]
         order.append(alive.pop(best))
-        drawn.add(order[-1] // group if group else order[-1])
+        if group:
+            drawn.add(order[-1] // group)
     return torch.tensor(order)
 
 # %% ../nbs/04_pruning.ipynb #7e0e6123
@@ -252,7 +258,7 @@ class LevelDatabase:
         "Bytes on disk."
         return sum(file.stat().st_size for file in self.directory.iterdir())
 
-# %% ../nbs/04_pruning.ipynb #75000784
+# %% ../nbs/04_pruning.ipynb #2a530008
 def _groups(units: Sequence[Unit], limit: int | None) -> list[list[Unit]]:
     "Consecutive units whose float32 Hessians together stay below `limit` bytes (at least one unit a group)."
     groups, used = [], 0
@@ -263,6 +269,20 @@ def _groups(units: Sequence[Unit], limit: int | None) -> list[list[Unit]]:
         groups[-1].append(unit)
         used += size
     return groups
+
+
+def _stored_bytes(model: nn.Module, unit: Unit, removed: Sequence[int]) -> int:
+    "Bytes of the compact weights of a unit at all levels between dense and empty."
+    weight = model.get_submodule(unit.output).weight
+    return sum(weight.numel() * weight.element_size() * (unit.n_structures - gone) // unit.n_structures for gone in removed[1:])
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    "Raise `OSError` before any work when the disk cannot hold the database."
+    there = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(f"the level database needs {needed / 1e9:.2f} GB, but {there} has {free / 1e9:.2f} GB free; choose another directory or fewer levels")
 
 
 def _start_manifest(path: Path, settings: dict) -> dict:
@@ -297,6 +317,7 @@ def build_database(
     settings = {
         "format": FORMAT_VERSION, "model": model_fingerprint(model), "data": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16],
         "calibration_tokens": blocks.numel(), "seq_len": blocks.shape[1], "heads": heads, "damping": damping, "removed": removed, "units": [asdict(unit) for unit in units]}
+    _check_disk(directory, sum(_stored_bytes(model, unit, levels) for unit, levels in zip(units, removed)))
     manifest = _start_manifest(directory / "manifest.json", settings)
     levels = dict(zip((unit.name for unit in units), removed))
     missing = [unit for unit in units if unit.name not in manifest["built"] or not (directory / manifest["built"][unit.name]["file"]).exists()]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'provenance', 'RunDiverged', 'EventLog', 'Search', 'History']
 
-# %% ../nbs/08_search.ipynb #98f2fdc5
+# %% ../nbs/08_search.ipynb #ff6a63bd
 import json
 import math
 import os
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -62,16 +63,19 @@ class SearchConfig:
         "From JSON."
         return cls(**row | {"stages": tuple(Stage(**stage) for stage in row["stages"]), "training": Training(**row["training"])})
 
-# %% ../nbs/08_search.ipynb #6e4211a1
+# %% ../nbs/08_search.ipynb #ab24fe58
 _PACKAGES = ("evoprune-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=files("evoprune_nb"), capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _git_revision() -> str | None:
-    "Revision of the repository this code lies in, with `+changes` when it was edited; None outside of one."
+    "Revision of the repository this code lies in, with `+changes` when code or notebooks were edited since; None outside of one."
     try:
-        run = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("+changes" if run("status", "--porcelain", "--", ".", "../nbs") else "")
-    except (OSError, subprocess.CalledProcessError, NameError):
+        return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "--", ".", "../nbs") else "")
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 

@@ -115,7 +115,7 @@ class MasterOptimizer:
                 if master is not parameter:
                     parameter.copy_(master)
 
-# %% ../nbs/06_training.ipynb #0fb796da
+# %% ../nbs/06_training.ipynb #800f09a3
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -133,6 +133,8 @@ def train(
     checkpoint_every: int = 50,  # steps between saves
 ) -> TrainingResult:
     "Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights."
+    if getattr(model, "shares_weights", False):
+        raise ValueError("this candidate shares weights with the dense model, for scoring only; materialize it with trainable=True to train it")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     result, optimizer = TrainingResult(), MasterOptimizer(model, settings)
