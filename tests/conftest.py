@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import transformers
+from helpers import random_blocks, small_model
 from hypothesis import settings
 
 from evoprune_nb.data import TokenPool, load_pools
@@ -56,3 +57,10 @@ def pools(corpus, tokenizer) -> dict[str, TokenPool]:
 def database(tiny, pools, tmp_path_factory) -> LevelDatabase:
     "A level database of the tiny model, heads taken off freely."
     return build_database(tiny, pools["calibration"].draw(2048, seed=0), tmp_path_factory.mktemp("tiny") / "database", progress=False)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    "A small random model and its level database."
+    model = small_model("llama-gqa")
+    return model, build_database(model, random_blocks(), tmp_path_factory.mktemp("small") / "database", progress=False)

@@ -1,11 +1,19 @@
-"""Small models with random weights, and random search spaces."""
+"""Small models with random weights, random search spaces, and short runs."""
+import json
+import math
+from pathlib import Path
+
 import torch
 import transformers
 from hypothesis import strategies as st
 from torch import nn
 
-from evoprune_nb.genome import Space, level_grid
+from evoprune_nb.data import TokenPool, derive_seed
+from evoprune_nb.genome import Genome, Space, level_grid
 from evoprune_nb.models import Unit
+from evoprune_nb.search import SearchConfig
+from evoprune_nb.selection import Evaluation, Stage
+from evoprune_nb.training import Training
 
 VOCABULARY = 100
 SMALL = dict(
@@ -56,3 +64,27 @@ def spaces(draw) -> Space:
     removed = level_grid(units, heads, draw(st.integers(2, 12)))
     params = tuple(tuple((unit.n_structures - k) * 64 * unit.structure_size for k in levels) for unit, levels in zip(units, removed))
     return Space(tuple(units), removed, params, draw(st.integers(0, 10_000)), "made-up")
+
+
+def small_pools(seq_len: int = 16) -> dict[str, TokenPool]:
+    "Pools of random tokens for the small models, 64 blocks each."
+    return {split: TokenPool(split, random_blocks(64, seq_len, seed).int()) for seed, split in enumerate(("tuning", "scoring", "heldout"))}
+
+
+def short_config(**changes) -> SearchConfig:
+    "A search of seconds on a small model: 3 generations of 4 offspring in two stages, the second with tuning."
+    return SearchConfig(**dict(
+        generations=3, offspring=4, stages=(Stage(2, 0, 32), Stage(1, 64, 48)), tolerance=0.1, training=Training(lr=1e-3, batch_size=2)) | changes)
+
+
+def made_up(genome: Genome, generation: int, stage: int) -> Evaluation:
+    "An evaluation that costs nothing and depends on its arguments alone; one in eight is disqualified."
+    luck = derive_seed(genome.code, generation, stage)
+    fitness, why = (math.inf, "bad luck") if luck % 8 == 0 else (luck / 2**63, "")
+    return Evaluation(generation, stage, genome.code, fitness, None, 0, 16, 0.0, why)
+
+
+def events(run_dir: Path) -> list[dict]:
+    "The log of a run without what may differ between equal runs."
+    rows = [json.loads(line) for line in (Path(run_dir) / "events.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("time", "seconds")} for row in rows]

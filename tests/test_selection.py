@@ -1,0 +1,217 @@
+"""Fitness is the divergence it claims to be, and survival in stages is fair."""
+import math
+
+import pytest
+import torch
+from helpers import random_blocks, short_config, small_model, small_pools
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from evoprune_nb import selection
+from evoprune_nb.candidates import materialize
+from evoprune_nb.data import TokenPool, derive_seed
+from evoprune_nb.genome import Genome
+from evoprune_nb.models import model_fingerprint
+from evoprune_nb.pruning import build_database
+from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, Stage, check_stages, cross_entropy, kl_divergence, select
+from evoprune_nb.training import Training, TrainingResult
+
+STAGES = (Stage(2, 0, 32), Stage(1, 64, 48))
+INF = math.inf
+
+
+def direct_kl(logits: torch.Tensor, student_logits: torch.Tensor) -> float:
+    "Mean over positions of Σ p·log(p/q), all at once in float64."
+    log_p, log_q = logits.double().log_softmax(-1), student_logits.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("vocabulary", [100, 60_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_kl_is_the_kl(dtype, vocabulary, chunk):
+    "Whatever the chunk, vocabulary and dtype of the heads, the result is the plain sum."
+    heads = [nn.Linear(32, vocabulary, bias=False, dtype=dtype) for _ in range(2)]
+    hidden = [(3 * torch.randn(65, 32)).to(dtype) for _ in range(2)]
+    with torch.no_grad():
+        found = kl_divergence(heads[0], hidden[0], heads[1], hidden[1], chunk)
+        assert found == pytest.approx(direct_kl(heads[0](hidden[0]), heads[1](hidden[1])), rel=2e-5)
+        assert kl_divergence(heads[0], hidden[0], heads[0], hidden[0], chunk) == 0
+
+
+def test_near_zero_kl_keeps_its_digits():
+    "Nearly equal distributions are where candidates are compared; float32 does not drown the difference."
+    head, hidden = nn.Linear(32, 5000, bias=False), torch.randn(200, 32)
+    with torch.no_grad():
+        nearby = hidden + 0.01 * torch.randn(200, 32)
+        assert kl_divergence(head, hidden, head, nearby) == pytest.approx(direct_kl(head(hidden), head(nearby)), rel=0.02)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+def test_cross_entropy_is_transformers_loss(chunk):
+    "Chunked cross-entropy is the loss that transformers computes."
+    model, blocks = small_model("qwen3"), random_blocks(3, 20)
+    with torch.no_grad():
+        hidden = model.model(blocks).last_hidden_state
+        assert cross_entropy(model.lm_head, hidden, blocks, chunk) == pytest.approx(model(blocks, labels=blocks).loss.item(), rel=1e-5)
+
+
+def test_perplexity_fitness_is_transformers_loss(small):
+    "Fitness `perplexity` is exp(transformers' loss) of the candidate on the stage's scoring text."
+    model, database = small
+    genome, pools = database.space.genome([1, 2, 3, 3, 5, 1]), small_pools()
+    candidate = materialize(model, database, genome)
+    blocks = pools["scoring"].draw(32, derive_seed(0, 4, 0, "scoring"))
+    with torch.no_grad():
+        expected = candidate(blocks, labels=blocks).loss.exp().item()
+    assert Evaluator(model, database, pools, STAGES, fitness="perplexity")(genome, 4, 0).fitness == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family, dtype", [("llama-gqa", torch.float32), ("llama-gqa", torch.bfloat16), ("qwen2-tied", torch.float32)])
+def test_kl_fitness_of_models(tmp_path, family, dtype):
+    "Fitness `kl` is the divergence of the two models' logits; the dense model's own is exactly zero."
+    model, pools = small_model(family).to(dtype), small_pools()
+    database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    evaluate, genome = Evaluator(model, database, pools, STAGES), database.space.genome([1, 2, 3, 3, 5, 1])
+    blocks = pools["scoring"].draw(32, derive_seed(0, 0, 0, "scoring"))
+    with torch.no_grad():
+        expected = direct_kl(model(blocks).logits.float(), materialize(model, database, genome)(blocks).logits.float())
+    assert evaluate(genome, 0, 0).fitness == pytest.approx(expected, rel=1e-4)
+    assert evaluate(database.space.genome([0] * 6), 0, 0).fitness == 0
+
+
+def test_candidates_of_a_stage_see_the_same_tokens(small, monkeypatch):
+    "Within a stage all are tuned and scored on the same blocks in the same order; other stages and generations get others."
+    model, database = small
+    tuned, scored, real_hidden = {}, {}, selection.final_hidden
+    evaluate = Evaluator(model, database, small_pools(), (Stage(2, 64, 64), Stage(1, 64, 64)))
+    monkeypatch.setattr(selection, "train", lambda candidate, blocks, settings: tuned[now].append(blocks.tolist()) or TrainingResult(blocks.numel(), [1.0]))
+    monkeypatch.setattr(selection, "final_hidden", lambda m, blocks: (scored[now].append(blocks.tolist()) if m is not model else None, real_hidden(m, blocks))[1])
+    genomes = [database.space.genome(levels) for levels in ([3, 3, 3, 5, 5, 5], [2, 4, 3, 5, 5, 5], [3, 3, 3, 4, 6, 5])]
+    for now in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        tuned[now], scored[now] = [], []
+        for genome in genomes:
+            evaluate(genome, *now)
+    for seen in (tuned, scored):
+        assert all(len(draws) == 3 and draws[0] == draws[1] == draws[2] for draws in seen.values())
+        assert len({str(draws[0]) for draws in seen.values()}) == 4
+
+
+def test_evaluations_do_not_depend_on_order_or_surroundings(small):
+    "An evaluation is a function of genome, generation and stage: bitwise the same in any order and with any global random state, which it leaves alone."
+    model, database = small
+    before, tasks = model_fingerprint(model), [(database.space.genome([3, 3, 3, 5, 5, 5 + i]), generation, stage) for i in (0, 1) for generation in (0, 1) for stage in (0, 1)]
+
+    def results(order, seed):
+        evaluate = Evaluator(model, database, small_pools(), STAGES, Training(lr=1e-3, batch_size=2))
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        done = {task: evaluate(*task) for task in order}
+        assert torch.equal(torch.get_rng_state(), state)
+        return {task: (e.fitness, e.tuning_loss, e.tuning_tokens, e.scoring_tokens) for task, e in done.items()}
+
+    first = results(tasks, 1)
+    assert first == results(tasks[::-1], 2) == results(tasks[1::2] + tasks[::2], 3)
+    assert len({fitness for fitness, *_ in first.values()}) == len(tasks)
+    assert model_fingerprint(model) == before
+
+
+def test_tuning_is_part_of_a_stage(small):
+    "A stage with tuning tokens scores the tuned candidate and counts the tokens; one without scores it as it is."
+    model, database = small
+    genome, training = database.space.genome([3, 3, 3, 5, 5, 5]), Training(lr=1e-2, batch_size=2)
+    tuned, plain = (Evaluator(model, database, small_pools(), [Stage(1, tokens, 48)], training)(genome, 0, 0) for tokens in (128, 0))
+    assert (tuned.tuning_tokens, plain.tuning_tokens) == (128, 0) and tuned.scoring_tokens == plain.scoring_tokens == 48
+    assert plain.tuning_loss is None and tuned.tuning_loss > 0 and tuned.fitness != plain.fitness
+
+
+@st.composite
+def tournaments(draw):
+    "Stages that narrow down, as many offspring as enter, and a fitness (infinite: disqualified) per candidate and stage; the parent is last."
+    survivors = sorted(draw(st.lists(st.integers(1, 6), max_size=3)), reverse=True) + [1]
+    n = draw(st.integers(survivors[0], 8))
+    fitness = draw(st.lists(st.lists(st.integers(0, 9) | st.just(INF), min_size=n + 1, max_size=n + 1), min_size=len(survivors), max_size=len(survivors)))
+    return [Stage(s, 0, 16) for s in survivors], n, fitness
+
+
+@given(tournaments())
+def test_survivors_are_the_best_of_their_stage(tournament):
+    "Every stage keeps its best, in order; the parent joins the last stage only; nobody disqualified goes on; and if nobody is left, the parent stays."
+    stages, n, fitness = tournament
+    genomes = [Genome((i,), (0,)) for i in range(n + 1)]
+
+    def evaluate(genome, generation, stage):
+        value = fitness[stage][genome.attn[0]]
+        return Evaluation(generation, stage, genome.code, value, None, 0, 16, 0.0, "" if value < INF else "unlucky")
+
+    happened, selecting = [], select(genomes[n], genomes[:n], stages, evaluate, 7)
+    while True:
+        try:
+            happened.append(next(selecting))
+        except StopIteration as stop:
+            survivor, evaluation = stop.value
+            break
+    entered = list(range(n))
+    for index, stage in enumerate(stages):
+        entered += [n] * (index == len(stages) - 1)
+        seen = [e.genome for e in happened if isinstance(e, Evaluation) and e.stage == index]
+        assert seen == [genomes[i].code for i in entered]
+        ranking = sorted((i for i in entered if fitness[index][i] < INF), key=lambda i: fitness[index][i])
+        (end,) = [e for e in happened if isinstance(e, Elimination) and e.stage == index]
+        assert end.survivors == tuple(genomes[i].code for i in ranking[: stage.survivors])
+        assert sorted(end.survivors + end.eliminated) == sorted(seen)
+        entered = ranking[: stage.survivors]
+    assert survivor == (genomes[entered[0]] if entered else genomes[n])
+    assert (evaluation is None) == (not entered) and (evaluation is None or evaluation.fitness == fitness[-1][entered[0]])
+
+
+@pytest.mark.parametrize("tuning_tokens, why, seen", [(96, "non-finite training loss", 64), (32, "non-finite fitness", 32)])
+def test_a_candidate_that_diverges_is_disqualified(small, tuning_tokens, why, seen):
+    "Weights that explode give no exception and no NaN, but an infinite fitness with the reason, and the tokens really used."
+    model, database = small
+    evaluate = Evaluator(model, database, small_pools(), [Stage(1, tuning_tokens, 32)], Training(lr=1e30, batch_size=2))
+    found = evaluate(database.space.genome([3, 3, 3, 5, 5, 5]), 0, 0)
+    assert (found.fitness, found.disqualified, found.tuning_tokens) == (INF, why, seen)
+    assert found.tuning_loss is None or math.isfinite(found.tuning_loss)
+
+
+@pytest.mark.parametrize("stages, offspring", [((), 4), ((Stage(2, 0, 32),), 4), ((Stage(2, 0, 32), Stage(3, 0, 32), Stage(1, 0, 32)), 4), (STAGES, 1), ((Stage(0, 0, 32),), 4)])
+def test_stages_must_narrow_down_to_one(stages, offspring):
+    "Stages that widen, start too wide, or do not end with one survivor are refused with their numbers."
+    with pytest.raises(ValueError, match=rf"narrow {offspring} offspring down to 1 survivor; got survivors \[{', '.join(str(s.survivors) for s in stages)}\]"):
+        check_stages(stages, offspring)
+    with pytest.raises(ValueError, match="narrow"):
+        short_config(stages=stages, offspring=offspring)
+
+
+@pytest.mark.parametrize("stage", [Stage(1, -1, 32), Stage(1, 0, 0)])
+def test_stages_need_sensible_tokens(stage):
+    "Negative tuning and absent scoring are refused; no tuning is fine, and so is the published schedule."
+    with pytest.raises(ValueError, match="scoring_tokens ≥ 1 and tuning_tokens ≥ 0"):
+        check_stages([stage], 4)
+    check_stages([Stage(1, 0, 1)], 1)
+    check_stages(PUBLISHED_STAGES, 16)
+
+
+@pytest.mark.parametrize("stage, message", [
+    (Stage(1, 2048, 32), "asked for 2,048 tuning tokens, but there are 1,024"), (Stage(1, 0, 2048), "asked for 2,048 scoring tokens, but there are 1,024"),
+    (Stage(1, 15, 32), "15 tuning tokens do not fill one block of 16"), (Stage(1, 0, 15), "15 scoring tokens do not fill one block of 16")])
+def test_too_little_text_is_noticed_at_once(small, stage, message):
+    "An evaluator that could not draw its tokens is not made."
+    with pytest.raises(ValueError, match=message):
+        Evaluator(*small, small_pools(), (Stage(1, 0, 32), stage))
+
+
+def test_what_cannot_be_scored_is_refused(small):
+    "An unknown fitness, and a model whose logits are not its head's, are errors when the evaluator is made."
+    with pytest.raises(ValueError, match="'bleu' is unknown; use one of kl, perplexity"):
+        Evaluator(*small, small_pools(), STAGES, fitness="bleu")
+    with pytest.raises(ValueError, match="Granite.* scales or caps its logits"):
+        Evaluator(small_model("granite"), small[1], small_pools(), STAGES)
+
+
+def test_an_evaluator_needs_tuning_text_only_if_it_tunes(small):
+    "Without tuning in any stage there need be no tuning pool."
+    pools = {"scoring": TokenPool("scoring", random_blocks(4, 16).int())}
+    assert Evaluator(*small, pools, [Stage(1, 0, 32)])(small[1].space.genome([1] * 6), 0, 0).fitness > 0
