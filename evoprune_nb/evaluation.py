@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .data import TokenPool
 from .training import next_token_loss
 
-# %% ../nbs/09_evaluation.ipynb #1a1fe068
+# %% ../nbs/09_evaluation.ipynb #8b50945c
 @dataclass(frozen=True)
 class HeldOut:
     "Held-out quality of a model."
@@ -42,6 +42,6 @@ def evaluate(
     batches = tqdm(blocks.split(batch_size), desc=progress, unit="batch", disable=not progress)
     total = sum(next_token_loss(model, batch, "sum").item() for batch in batches)
     n_predicted = blocks.numel() - len(blocks)
-    n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:]))
+    n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True))
     nats = total / n_predicted
     return HeldOut(nats, math.exp(min(700.0, nats)), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()))

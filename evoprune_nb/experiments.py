@@ -6,11 +6,12 @@
 __all__ = ['ParameterError', 'notebook_parameters', 'check_parameters', 'file_hash', 'Report', 'text_table', 'write_html',
            'run_experiment', 'main']
 
-# %% ../nbs/14_experiments.ipynb #e76b49b7
+# %% ../nbs/14_experiments.ipynb #751db338
 import argparse
 import hashlib
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,7 @@ def check_parameters(
         checked[name] = float(value) if kind == "float" else value
     return checked
 
-# %% ../nbs/14_experiments.ipynb #8f91e218
+# %% ../nbs/14_experiments.ipynb #ff978ad4
 def file_hash(path: str | Path) -> str:
     "16 hex digits (SHA-256) of a data file, for provenance; empty for sources that are no file."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else ""
@@ -88,20 +89,24 @@ class Report:
     ):
         self.directory, self.parameters, self.start = Path(directory), parameters, time.time()
         self.provenance = provenance(device)
-        (self.directory / "figures").mkdir(parents=True, exist_ok=True)
+        self._figures = self.directory / "figures.running"  # moved into place at the end: a failed run leaves the last report whole
+        shutil.rmtree(self._figures, ignore_errors=True)
+        self._figures.mkdir(parents=True)
 
     def figure(self, name: str, figure: Figure) -> Figure:
         "Save a figure as `figures/name.svg` and `.png`; returns it for display."
-        save_figure(figure, self.directory / "figures" / name)
+        save_figure(figure, self._figures / name)
         return figure
 
     def finish(self, results: dict, summary: str = "") -> None:
-        "Write `results.json`; the command line prints the summary at the end."
+        "Put the figures in place and write `results.json`; the command line prints the summary at the end."
         row = {
             "summary": summary, "results": results, "parameters": self.parameters, "provenance": self.provenance,
             "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "wall_seconds": round(time.time() - self.start, 1)}
         scratch = self.directory / "results.json.tmp"
         scratch.write_text(json.dumps(row, indent=1, allow_nan=False) + "\n")
+        shutil.rmtree(self.directory / "figures", ignore_errors=True)
+        self._figures.replace(self.directory / "figures")
         scratch.replace(self.directory / "results.json")
 
 
@@ -183,7 +188,7 @@ def run_experiment(
     write_html(executed, directory / "report.html", directory.name)
     return directory
 
-# %% ../nbs/14_experiments.ipynb #8f3e3fcc
+# %% ../nbs/14_experiments.ipynb #4aeb529d
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evoprune", description="Training-aware evolutionary pruning of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -208,7 +213,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.f:
         if not Path(options.f).is_file():
             raise ParameterError(f"no parameter file {options.f!r}")
-        given = yaml.safe_load(Path(options.f).read_text()) or {}
+        try:
+            given = yaml.safe_load(Path(options.f).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ParameterError(f"parameter file {options.f} is no valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(given, dict):
+            raise ParameterError(f"parameter file {options.f} must hold `name: value` lines, not a {type(given).__name__}")
     directory = run_experiment(options.notebook, given | dict(options.p), options.name, options.reports)
     results = directory / "results.json"
     if results.exists():

@@ -6,7 +6,7 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'VERMILLION', 'SKY', 'GREY', 'Figure', 'fitness_figure', 'genome_figure', 'sparsity_figure',
            'stages_figure', 'comparison_figure', 'save_figure']
 
-# %% ../nbs/12_figures.ipynb #8781b199
+# %% ../nbs/12_figures.ipynb #55021790
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,17 @@ from .genome import Genome, Space
 from .search import History
 
 
+def _settle(figure: mpl_figure.Figure) -> None:
+    "Lay a figure out once and for all: a constrained layout moves by a rounding error from one drawing to the next."
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 class Figure(mpl_figure.Figure):
     "A matplotlib figure that shows itself as the last value of a notebook cell, without pyplot."
 
     def _repr_png_(self) -> bytes:
+        _settle(self)
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
@@ -177,7 +184,7 @@ def comparison_figure(
     axes.legend(fontsize=8, loc="upper right", ncols=2)
     return figure
 
-# %% ../nbs/12_figures.ipynb #b8465488
+# %% ../nbs/12_figures.ipynb #644179c0
 def save_figure(
     figure: Figure,  # any figure
     path: str | Path,  # without ending
@@ -187,6 +194,7 @@ def save_figure(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _settle(figure)
     with matplotlib.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})

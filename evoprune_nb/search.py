@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'provenance', 'RunDiverged', 'EventLog', 'Search', 'History']
 
-# %% ../nbs/08_search.ipynb #ff6a63bd
+# %% ../nbs/08_search.ipynb #3304e260
 import json
 import math
 import os
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome, Space, plan_budget
+from .models import model_fingerprint
 from .mutation import make_offspring
 from .pruning import LevelDatabase
 from .selection import Elimination, Evaluation, Evaluator, Stage, check_stages, select
@@ -144,7 +145,7 @@ def _write_json(path: Path, value: dict) -> None:
     scratch.write_text(json.dumps(value, indent=1))
     os.replace(scratch, path)
 
-# %% ../nbs/08_search.ipynb #19cebe79
+# %% ../nbs/08_search.ipynb #bc06c13e
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -158,14 +159,19 @@ class Search:
     ):
         self.run_dir, self.model, self.database, self.pools, self.config = Path(run_dir), model, database, pools, config
         self.space = database.space
-        self.budget, self.parent = plan_budget(self.space, config.sparsity, config.params, config.tolerance)
-        self.start, self.generation, self.finished = self.parent, 0, False
+        if (mine := model_fingerprint(model)) != self.space.model:
+            raise ValueError(f"the level database is of another model: its fingerprint is {self.space.model}, this model's is {mine}")
+        needed = ["tuning", "scoring"] + ["heldout"] * bool(config.heldout_tokens)
+        if missing := [name for name in needed if name not in pools]:
+            raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
+        self.budget, self.start = plan_budget(self.space, config.sparsity, config.params, config.tolerance)
+        self.parent, self.generation, self.finished = self.start, 0, False
         self._evaluate = Evaluator(model, database, pools, config.stages, config.training, config.fitness, config.seed)
         self._offspring()  # raises if the mutation cannot keep the budget
         if config.heldout_tokens:
             pools["heldout"].require(config.heldout_tokens)
         self._open()
-        self._steps = self._run()
+        self._rewind()
 
     def _open(self) -> None:
         "Create the run directory, or check that the one there belongs to this search."
@@ -178,14 +184,21 @@ class Search:
             if differing:
                 raise ValueError(f"{self.run_dir} holds a different search: {'; '.join(differing)}. Use another run directory, or the same settings to resume")
         else:
-            if self.run_dir.exists() and (foreign := [p.name for p in self.run_dir.iterdir() if p.name != "database"]):
+            if self.run_dir.exists() and not self.run_dir.is_dir():
+                raise ValueError(f"run directory {self.run_dir} is a file; choose another")
+            if self.run_dir.exists() and (foreign := [p.name for p in self.run_dir.iterdir() if p.name not in ("database", "config.json.tmp")]):
                 raise ValueError(f"run directory {self.run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 _write_json(path, mine | {"provenance": provenance(self.model.device), "budget": asdict(self.budget), "start": self.start.code, "space": asdict(self.space)})
             except OSError as error:
                 raise ValueError(f"run directory {self.run_dir} cannot be written: {error}") from error
+
+    def _rewind(self) -> None:
+        "Go back to the beginning of the log, to be played back up to its end."
         self._log = EventLog(self.run_dir / "events.jsonl")
+        self.parent, self.generation, self.finished = self.start, 0, False
+        self._steps = self._run()
 
     def _offspring(self) -> list[Genome]:
         "The candidates of the current generation."
@@ -241,8 +254,12 @@ class Search:
             _write_json(self.run_dir / "state.json", {"status": status, "generation": self.generation, "stage": stage, "parent": self.parent.code, "time": round(time.time(), 3)})
 
     def step(self) -> Evaluation | Elimination | None:
-        "Do one evaluation or elimination; None when the search is finished."
-        return next(self._steps, None)
+        "Do one evaluation or elimination; None when the search is finished. After an interrupt or error, the next step continues from the log."
+        try:
+            return next(self._steps, None)
+        except BaseException:
+            self._rewind()
+            raise
 
     def _cost(self, stage: int) -> int:
         "Rough cost of an evaluation in forward passes over a token (training costs three)."

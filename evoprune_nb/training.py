@@ -115,7 +115,7 @@ class MasterOptimizer:
                 if master is not parameter:
                     parameter.copy_(master)
 
-# %% ../nbs/06_training.ipynb #800f09a3
+# %% ../nbs/06_training.ipynb #5376db75
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -130,7 +130,7 @@ def train(
     settings: Training = Training(),  # learning rate, batch size …
     progress: str = "",  # label of a progress bar; none by default
     checkpoint: str | Path | None = None,  # file that progress is saved to and resumed from
-    checkpoint_every: int = 50,  # steps between saves
+    checkpoint_every: int = 20,  # steps between saves
 ) -> TrainingResult:
     "Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights."
     if getattr(model, "shares_weights", False):

@@ -77,7 +77,7 @@ def test_a_run_killed_at_any_byte_continues_to_the_same_end(small, faked, tmp_pa
         search._evaluate = lambda *task: evaluated.append(task) or made_up(*task)
         assert search.run(progress=False) == winner and search.finished, size
         assert events(copy) == expected, size
-        recorded = log[:size].count(b'{"event": "evaluation"') - (not log[:size].endswith(b"\n") and log[:size].rpartition(b"\n")[2].startswith(b'{"event": "evaluation"'))
+        recorded = sum(line.startswith(b'{"event": "evaluation"') for line in log[:size].split(b"\n")[:-1])
         assert len(evaluated) == sum(row["event"] == "evaluation" for row in expected) - recorded, size
 
 
@@ -259,7 +259,7 @@ def test_seed_determines_the_genomes(small, faked, tmp_path):
     fake_search(tmp_path / "other", small, short_config(seed=1)).run(progress=False)
     assert events(tmp_path / "again") == events(faked[0])
     offspring = lambda run_dir: next(row["offspring"] for row in events(run_dir) if row["event"] == "generation")
-    assert not set(offspring(tmp_path / "other")) & set(offspring(faked[0])) or offspring(tmp_path / "other") != offspring(faked[0])
+    assert offspring(tmp_path / "other") != offspring(faked[0])
 
 
 @pytest.mark.parametrize("changes", [dict(sparsity=0.3), dict(sparsity=None, params=60_000, tolerance=0.05), dict(seed=3, max_flips=5)])
@@ -277,7 +277,7 @@ def test_every_evaluated_genome_keeps_the_budget(small, tmp_path, changes):
 
 def test_order_of_events(faked):
     "Offspring differ from each other and their parent; each generation's parent is the survivor before it, elitist on equal tokens."
-    rows, parent = events(faked[0]), None
+    rows = events(faked[0])
     assert rows[0]["event"] == "run_started" and rows[-1]["event"] == "finished" and sum(row["event"] == "finished" for row in rows) == 1
     parent = rows[0]["start"]
     for generation in range(3):
@@ -323,10 +323,10 @@ def test_when_everybody_is_disqualified_the_parent_stays(small, tmp_path, lr, st
 
 def test_the_search_goes_on_without_a_disqualified_candidate(small, tmp_path, monkeypatch):
     "One candidate whose training fails is recorded and falls; the others are untouched by it."
-    real_train, calls = search_module.Evaluator.__call__, []
+    evaluation_of, calls = search_module.Evaluator.__call__, []
 
     def fails_once(self, genome, generation, stage):
-        evaluation = real_train(self, genome, generation, stage)
+        evaluation = evaluation_of(self, genome, generation, stage)
         calls.append(evaluation)
         return replace(evaluation, fitness=math.inf, disqualified="made to fail") if len(calls) == 2 else evaluation
 
@@ -404,7 +404,6 @@ def test_a_search_on_the_tiny_model_lowers_the_loss(tiny, tokenizer, database, c
     search = Search(tmp_path / "run", tiny, database, pools, config)
     winner = search.run(progress=False)
     uniform, evolved = (evaluate(materialize(tiny, database, genome), pools["heldout"], tokenizer) for genome in (search.start, winner))
-    print(evolved, uniform)
     assert evolved.nats < uniform.nats and uniform.n_params * 0.99 <= evolved.n_params <= uniform.n_params
     interrupted = Search(tmp_path / "cut", tiny, database, pools, config)
     for _ in range(26):
