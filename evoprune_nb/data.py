@@ -168,14 +168,15 @@ class TokenPool:
         "16 hex digits over the blocks."
         return hashlib.sha256(f"{self.split} {tuple(self.blocks.shape)}".encode() + self.blocks.numpy().tobytes()).hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #ce81921e
+# %% ../nbs/01_data.ipynb #8e8503ef
 def load_pools(
     source: str | Path = "wikipedia-sample",  # as in `documents`
     tokenizer=None,  # the model's own tokenizer
     seq_len: int = 256,  # tokens per block
-    tokens: dict[str, int] | None = None,  # per split: fill up to so many tokens (None: all there are); other splits are left out
+    tokens: dict[str, int | None] | None = None,  # per split: exactly so many tokens (rounded up to blocks), or None for as many as there are; other splits are left out
     column: str = "text",  # column of the text
     split_seed: int = 0,  # seed of the assignment of documents to splits
+    at_most: int = 5_000_000,  # tokens of a split that names no number, so that an endless stream ends
 ) -> dict[str, TokenPool]:
     "Token pools by split. Raises `ValueError` when a split has fewer tokens than asked for."
     wanted = dict.fromkeys(SPLITS) if tokens is None else dict(tokens)
@@ -183,11 +184,12 @@ def load_pools(
         raise ValueError(f"unknown splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     streams: dict[str, list[int]] = {split: [] for split in wanted}
-    open_splits = set(wanted)
+    open_splits, n_documents = set(wanted), 0
     for document in tqdm(documents(source, column), desc="tokenizing", unit=" documents", leave=False):
+        n_documents += 1
         if (split := split_of(document, split_seed)) in open_splits:
             streams[split] += tokenizer(document, add_special_tokens=False)["input_ids"] + ([end] if end is not None else [])
-            if wanted[split] is not None and len(streams[split]) >= -(-wanted[split] // seq_len) * seq_len:
+            if len(streams[split]) >= -(-(at_most if wanted[split] is None else wanted[split]) // seq_len) * seq_len:
                 open_splits.discard(split)
             if not open_splits:
                 break
@@ -199,7 +201,7 @@ def load_pools(
                 raise ValueError(f"asked for {wanted[split]:,} {split} tokens, but {source} has {n_blocks * seq_len:,} in that split (blocks of {seq_len})")
             n_blocks = -(-wanted[split] // seq_len)
         if n_blocks == 0:
-            raise ValueError(f"the {split} split of {source} has {len(stream):,} tokens, too few for one block of {seq_len}; give more text or lower seq_len")
+            raise ValueError(f"the {split} split of {source} has {len(stream):,} tokens, too few for one block of {seq_len}: the source has {n_documents} documents, and splits are by document (in a .txt file, blank lines separate them); give more text or lower seq_len")
         pools[split] = TokenPool(split, torch.tensor(stream[: n_blocks * seq_len], dtype=torch.int32).view(n_blocks, seq_len))
     return pools
 

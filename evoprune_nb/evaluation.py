@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HeldOut', 'evaluate']
 
-# %% ../nbs/09_evaluation.ipynb #159d0bc7
+# %% ../nbs/09_evaluation.ipynb #cce2db7c
 import math
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import TokenPool
-from .training import next_token_loss
+from .selection import cross_entropy, perplexity
+from .training import final_hidden
 
-# %% ../nbs/09_evaluation.ipynb #8b50945c
+# %% ../nbs/09_evaluation.ipynb #4b27165f
 @dataclass(frozen=True)
 class HeldOut:
     "Held-out quality of a model."
@@ -40,8 +41,9 @@ def evaluate(
     pool.require(n_tokens or pool.n_tokens)
     blocks = pool.blocks[: (n_tokens or pool.n_tokens) // pool.seq_len].long()
     batches = tqdm(blocks.split(batch_size), desc=progress, unit="batch", disable=not progress)
-    total = sum(next_token_loss(model, batch, "sum").item() for batch in batches)
+    head = model.get_output_embeddings()
+    total = sum(cross_entropy(head, final_hidden(model, batch), batch) * (batch.numel() - len(batch)) for batch in batches)
     n_predicted = blocks.numel() - len(blocks)
     n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True))
     nats = total / n_predicted
-    return HeldOut(nats, math.exp(min(700.0, nats)), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()))
+    return HeldOut(nats, perplexity(nats), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()))

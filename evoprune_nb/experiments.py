@@ -6,7 +6,7 @@
 __all__ = ['ParameterError', 'notebook_parameters', 'check_parameters', 'file_hash', 'Report', 'text_table', 'write_html',
            'run_experiment', 'main']
 
-# %% ../nbs/14_experiments.ipynb #751db338
+# %% ../nbs/14_experiments.ipynb #682b5d5a
 import argparse
 import hashlib
 import json
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from .figures import Figure, save_figure
@@ -72,7 +73,7 @@ def check_parameters(
         checked[name] = float(value) if kind == "float" else value
     return checked
 
-# %% ../nbs/14_experiments.ipynb #ff978ad4
+# %% ../nbs/14_experiments.ipynb #df4d95a0
 def file_hash(path: str | Path) -> str:
     "16 hex digits (SHA-256) of a data file, for provenance; empty for sources that are no file."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else ""
@@ -97,6 +98,12 @@ class Report:
         "Save a figure as `figures/name.svg` and `.png`; returns it for display."
         save_figure(figure, self._figures / name)
         return figure
+
+    def origin(self, **more) -> pd.DataFrame:
+        "Parameters, versions and machine as a table, with `more` facts at its end."
+        packages = {f"package {name}": version for name, version in self.provenance["packages"].items()}
+        facts = self.parameters | {key: value for key, value in self.provenance.items() if key != "packages"} | packages | more
+        return pd.DataFrame({"value": {key.replace("_", " "): str(value) for key, value in facts.items()}})
 
     def finish(self, results: dict, summary: str = "") -> None:
         "Put the figures in place and write `results.json`; the command line prints the summary at the end."

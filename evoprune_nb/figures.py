@@ -107,7 +107,7 @@ def genome_figure(
     figure.colorbar(image, ax=axes, label="kept (%)", pad=0.01)
     return figure
 
-# %% ../nbs/12_figures.ipynb #17121026
+# %% ../nbs/12_figures.ipynb #e9b1bfe9
 def sparsity_figure(
     genome: Genome,  # to show
     space: Space,  # what its levels cost
@@ -118,13 +118,13 @@ def sparsity_figure(
     for offset, kind, label, color, hatch in ((-0.2, "attn", "attention", BLUE, ""), (0.2, "mlp", "MLP", ORANGE, "//")):
         rows = [(unit.layer, 100 * (1 - params[level] / params[0])) for unit, params, level in zip(space.units, space.params, genome.levels) if unit.kind == kind]
         axes.bar([layer + offset for layer, _ in rows], [percent for _, percent in rows], 0.4, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
-    axes.axhline(100 * space.sparsity(genome), color="black", linestyle="--", linewidth=1, label=f"all units: {100 * space.sparsity(genome):.0f} %")
+    axes.axhline(100 * space.params_removed(genome), color="black", linestyle="--", linewidth=1, label=f"all units: {100 * space.params_removed(genome):.0f} %")
     axes.set(xlabel="layer", ylabel="parameters removed (%)", ylim=(0, 118), yticks=range(0, 101, 20), title="Sparsity by layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(ncols=3, fontsize=8, loc="upper center")
     return figure
 
-# %% ../nbs/12_figures.ipynb #a163cef3
+# %% ../nbs/12_figures.ipynb #a6fa4537
 def stages_figure(
     history: History,  # of a run with at least one evaluation
     generation: int | None = None,  # which one; None: the latest in which the parent was replaced
@@ -138,7 +138,7 @@ def stages_figure(
         replaced = [row.generation for row in history.survivors.itertuples() if row.genome != parents[row.generation]]
         generation = max(replaced, default=0)
     frame = frame[frame.generation == generation].copy()
-    frame["rank"] = frame.groupby("stage").fitness.rank(method="first")
+    frame["rank"] = frame.fitness.fillna(np.inf).groupby(frame.stage).rank(method="first")  # the disqualified come last
     n_stages = len(history.config.stages)
     figure = Figure(figsize=(1.8 + 1.7 * n_stages, 3.8), layout="constrained")
     axes = figure.subplots()

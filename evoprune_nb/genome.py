@@ -60,7 +60,7 @@ def level_grid(
         grid.append(levels)
     return tuple(grid)
 
-# %% ../nbs/02_genome.ipynb #d67ac913
+# %% ../nbs/02_genome.ipynb #3cd6b95b
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -96,7 +96,9 @@ class Genome:
     @classmethod
     def parse(cls, code: str) -> "Genome":
         "The genome of a `code`."
-        attn, _, mlp = code.partition("/")
+        attn, slash, mlp = code.partition("/")
+        if not slash or (wrong := set(attn + mlp) - set(_DIGITS)):
+            raise ValueError(f"{code!r} is no genome: expected attention digits, a slash and MLP digits" + (f"; it has {sorted(wrong)}" if slash else ""))
         return cls(tuple(map(_DIGITS.index, attn)), tuple(map(_DIGITS.index, mlp)))
 
     def with_levels(self, levels: Sequence[int]) -> "Genome":
@@ -129,7 +131,7 @@ def unit_params(
             total += parameter.numel()
     return total
 
-# %% ../nbs/02_genome.ipynb #e2a5b39d
+# %% ../nbs/02_genome.ipynb #21cebfbb
 @dataclass(frozen=True)
 class Space:
     "The genomes of one model and grid, with their parameter counts."
@@ -179,7 +181,7 @@ class Space:
         "Parameters of the pruned model."
         return self.fixed_params + sum(params[level] for params, level in zip(self.params, self.check(genome).levels))
 
-    def sparsity(self, genome: Genome) -> float:
+    def params_removed(self, genome: Genome) -> float:
         "Share of the units' parameters that is removed."
         dense = self.dense_params - self.fixed_params
         return 1 - (self.n_params(genome) - self.fixed_params) / dense
@@ -261,15 +263,18 @@ def plan_budget(
         raise ValueError(f"no uniform genome has {params:,} parameters within a tolerance of {tolerance:.2%}; the nearest has {near:,}")
     return Budget(params, tolerance), max(fitting, key=lambda genome: (space.n_params(genome), genome.levels))
 
-# %% ../nbs/02_genome.ipynb #dfdc012c
+# %% ../nbs/02_genome.ipynb #5461e7c6
 def save_genome(genome: Genome, space: Space, path: str | Path) -> None:
     "Write a genome as JSON."
     Path(path).write_text(json.dumps({"attn": genome.attn, "mlp": genome.mlp, "space": space.fingerprint, "model": space.model, "params": space.n_params(genome)}, indent=1))
 
 
 def load_genome(path: str | Path, space: Space) -> Genome:
-    "Read a genome; a `ValueError` says what differs when it belongs to another model, grid or database."
-    row = json.loads(Path(path).read_text())
+    "Read a genome; a `ValueError` says what differs when it belongs to another model or grid."
+    try:
+        row = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no genome file: {error}") from error
     for what, mine in (("model", space.model), ("space", space.fingerprint)):
         if row.get(what) != mine:
             raise ValueError(f"{path} holds a genome of another {what}: it says {row.get(what)!r}, this one is {mine!r}")

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from .genome import Budget, Genome, Space
 
-# %% ../nbs/03_mutation.ipynb #e81551ef
+# %% ../nbs/03_mutation.ipynb #d140d564
 def level_swap(
     parent: Genome,  # the genome to change
     space: Space,  # its units and levels
@@ -28,10 +28,11 @@ def level_swap(
         kind = space.units[rng.choice(free)].kind
         same_kind = [i for i in free if space.units[i].kind == kind]
         less = [i for i in same_kind if levels[i] > 0]
-        more = [i for i in same_kind if levels[i] + 1 < space.n_levels(i)]
-        if not less or not more:
+        lowered = rng.choice(less) if less else None
+        more = [i for i in same_kind if i != lowered and levels[i] + 1 < space.n_levels(i)]
+        if lowered is None or not more:
             continue
-        lowered, raised = rng.choice(less), rng.choice(more)
+        raised = rng.choice(more)
         levels[lowered] -= 1
         levels[raised] += 1
     return parent.with_levels(levels)

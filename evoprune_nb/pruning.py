@@ -129,13 +129,13 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
             drawn.add(order[-1] // group)
     return torch.tensor(order)
 
-# %% ../nbs/04_pruning.ipynb #7e0e6123
+# %% ../nbs/04_pruning.ipynb #f5725341
 @dataclass(frozen=True)
 class PrunedUnit:
     "All levels of one unit."
     order: torch.Tensor  # (n_structures,) structures in the order of removal
     weights: list[torch.Tensor | None]  # per level: (out, kept columns) in the dense order of columns; None for dense and for empty levels
-    errors: list[float]  # per level: relative squared error of the unit's output on the calibration text
+    errors: list[float]  # per level: relative squared error of the unit's output, in the damped H
 
 
 def kept_structures(
@@ -205,7 +205,7 @@ def _kv_kept(unit: Unit, order: torch.Tensor, removed: Sequence[int]) -> list[in
     group = unit.n_structures // unit.n_kv_heads if unit.n_kv_heads else 1
     return [len(set((kept_structures(order, gone) // group).tolist())) if unit.kind == "attn" else 0 for gone in removed]
 
-# %% ../nbs/04_pruning.ipynb #8a252c11
+# %% ../nbs/04_pruning.ipynb #b5fc1848
 class LevelDatabase:
     "The pruned weights of all units at all levels, read from a directory."
 
@@ -254,11 +254,16 @@ class LevelDatabase:
         return self._files[unit].get_tensor(f"weight.{level}")
 
     @property
+    def fingerprint(self) -> str:
+        "16 hex digits over the checksums of all unit files."
+        return hashlib.sha256("".join(self.manifest["built"][unit.name]["sha256"] for unit in self.units).encode()).hexdigest()[:16]
+
+    @property
     def n_bytes(self) -> int:
         "Bytes on disk."
         return sum(file.stat().st_size for file in self.directory.iterdir())
 
-# %% ../nbs/04_pruning.ipynb #2a530008
+# %% ../nbs/04_pruning.ipynb #ee2fc887
 def _groups(units: Sequence[Unit], limit: int | None) -> list[list[Unit]]:
     "Consecutive units whose float32 Hessians together stay below `limit` bytes (at least one unit a group)."
     groups, used = [], 0
@@ -283,6 +288,11 @@ def _check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise OSError(f"the level database needs {needed / 1e9:.2f} GB, but {there} has {free / 1e9:.2f} GB free; choose another directory or fewer levels")
+
+
+def _is_whole(directory: Path, row: dict | None) -> bool:
+    "Whether a unit's file is there, with the checksum that the manifest says."
+    return row is not None and (directory / row["file"]).exists() and _sha256(directory / row["file"]) == row["sha256"]
 
 
 def _start_manifest(path: Path, settings: dict) -> dict:
@@ -317,10 +327,10 @@ def build_database(
     settings = {
         "format": FORMAT_VERSION, "model": model_fingerprint(model), "data": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16],
         "calibration_tokens": blocks.numel(), "seq_len": blocks.shape[1], "heads": heads, "damping": damping, "removed": removed, "units": [asdict(unit) for unit in units]}
-    _check_disk(directory, sum(_stored_bytes(model, unit, levels) for unit, levels in zip(units, removed)))
     manifest = _start_manifest(directory / "manifest.json", settings)
     levels = dict(zip((unit.name for unit in units), removed))
-    missing = [unit for unit in units if unit.name not in manifest["built"] or not (directory / manifest["built"][unit.name]["file"]).exists()]
+    missing = [unit for unit in units if not _is_whole(directory, manifest["built"].get(unit.name))]
+    _check_disk(directory, sum(_stored_bytes(model, unit, levels[unit.name]) for unit in missing))
     bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing)
     for group in _groups(missing, hessian_bytes) if missing else []:
         for unit, hessian in zip(group, collect_hessians(model, group, blocks, batch_size, progress)):

@@ -115,7 +115,7 @@ class MasterOptimizer:
                 if master is not parameter:
                     parameter.copy_(master)
 
-# %% ../nbs/06_training.ipynb #5376db75
+# %% ../nbs/06_training.ipynb #1b7c1a33
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -152,7 +152,7 @@ def train(
             break
         loss.backward()
         optimizer.step(settings.lr_at(step, len(batches)))
-        if checkpoint and (step + 1) % checkpoint_every == 0:
+        if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == len(batches)):
             _save(Path(checkpoint), optimizer, result, work)
     return result
 

@@ -193,3 +193,16 @@ def test_derived_seeds_differ_by_every_part():
     seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 1), (1, 0), (0, "1"), (0, 1, "tuning"), (0, 1, "scoring"), ("01",), (0, "01")]}
     assert len(seeds) == 9 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, 3, 1, "tuning") == 2585629962365991260, "a change here would break the replay of every run made before"
+
+
+def test_endless_source_ends(monkeypatch):
+    """A split that names no number of tokens is filled up to `at_most`, also from a stream without end."""
+    import itertools
+
+    from evoprune_nb import data
+    from evoprune_nb.models import load_model
+
+    monkeypatch.setattr(data, "documents", lambda *_: (f"document {i} of very many" for i in itertools.count()))
+    _, tokenizer = load_model("tiny")
+    pools = data.load_pools("endless", tokenizer, seq_len=16, at_most=64)
+    assert {pool.n_tokens >= 64 for pool in pools.values()} == {True} and set(pools) == set(data.SPLITS)

@@ -123,7 +123,7 @@ def test_sparsity_figure(small, levels):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "parameters removed (%)") and axes.get_legend()
     heights = [patch.get_height() for container in axes.containers for patch in container]
     assert heights == pytest.approx([100 * (1 - params[level] / params[0]) for params, level in zip(space.params, levels)])
-    assert axes.lines[0].get_ydata()[0] == pytest.approx(100 * space.sparsity(genome)) and axes.get_ylim()[1] > 100
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(100 * space.params_removed(genome)) and axes.get_ylim()[1] > 100
 
 
 @pytest.mark.parametrize("dense", [None, 19.3])

@@ -80,3 +80,13 @@ for module in pkgutil.iter_modules(evoprune_nb.__path__): importlib.import_modul
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not (tmp_path / "cache").exists()
+
+
+def test_wheel_builds_with_its_model(tmp_path):
+    "`pip wheel .` works, and the wheel carries the modules and the tiny model."
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {"evoprune_nb/search.py", "evoprune_nb/tiny/model.safetensors", "evoprune_nb/tiny/tokenizer.json"} <= set(names)

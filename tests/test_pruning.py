@@ -329,3 +329,15 @@ def test_files_are_json_and_compact_safetensors(model, built):
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
         columns = {f"weight.{level}": (unit.n_structures - gone) * unit.structure_size for level, gone in enumerate(removed)}
         assert shapes == {"order": [unit.n_structures]} | {f"weight.{level}": [48, columns[f"weight.{level}"]] for level in range(1, len(removed) - 1)}
+
+
+def test_full_disk_is_an_error_before_any_work(tiny, pools, tmp_path, monkeypatch):
+    """When the disk cannot hold the missing units, the build stops before calibrating; a finished build needs no room."""
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 0))
+    monkeypatch.setattr("evoprune_nb.pruning.collect_hessians", lambda *_, **__: pytest.fail("calibrated"))
+    with pytest.raises(OSError, match="free"):
+        build_database(tiny, pools["calibration"].blocks.long(), tmp_path / "database", progress=False)

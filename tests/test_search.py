@@ -249,7 +249,7 @@ def test_impossible_settings_are_noticed_before_any_work(small, tmp_path, change
 
 def test_generations_must_be_positive():
     "No generation is no search."
-    with pytest.raises(ValueError, match="generations=0"):
+    with pytest.raises(ValueError, match="generations ≥ 1.*got 0"):
         short_config(generations=0)
 
 
@@ -410,3 +410,26 @@ def test_a_search_on_the_tiny_model_lowers_the_loss(tiny, tokenizer, database, c
         interrupted.step()
     assert Search(tmp_path / "cut", tiny, database, pools, config).run(progress=False) == winner
     assert events(tmp_path / "cut") == events(tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(sparsity=1.5), "0 to 1"), (dict(stages=(Stage(1, 0, 10**9),)), "scoring tokens"), (dict(stages=(Stage(1, 10**9, 64),)), "tuning tokens"), (dict(offspring=10**6), "distinct offspring")])
+def test_check_search_finds_errors_before_the_database(small, wrong, message):
+    "What would stop a search is known from model, text and settings alone."
+    from evoprune_nb.search import check_search
+
+    if "offspring" in wrong:
+        wrong = wrong | dict(tolerance=0.0, max_flips=1, offspring=5000, stages=(Stage(1, 0, 64),))
+    with pytest.raises(ValueError, match=message):
+        check_search(small[0], small_pools(), replace(short_config(), **wrong))
+    check_search(small[0], small_pools(), short_config())
+
+
+def test_other_database_is_refused(small, tmp_path):
+    "A run belongs to one database: the same model and grid from other calibration text is another one."
+    model, database = small
+    search = Search(tmp_path / "run", model, database, small_pools(), short_config())
+    search.step()
+    other = build_database(model, random_blocks(4, 32, seed=9), tmp_path / "other", n_levels=10, progress=False)
+    with pytest.raises(ValueError, match="holds a different search.*fingerprints"):
+        Search(tmp_path / "run", model, other, small_pools(), short_config())

@@ -215,3 +215,11 @@ def test_an_evaluator_needs_tuning_text_only_if_it_tunes(small):
     "Without tuning in any stage there need be no tuning pool."
     pools = {"scoring": TokenPool("scoring", random_blocks(4, 16).int())}
     assert Evaluator(*small, pools, [Stage(1, 0, 32)])(small[1].space.genome([1] * 6), 0, 0).fitness > 0
+
+
+def test_perplexity_keeps_what_is_not_finite():
+    """A diverged candidate must not come out with a large but finite perplexity."""
+    from evoprune_nb.selection import perplexity
+
+    assert math.isnan(perplexity(math.nan)) and math.isinf(perplexity(math.inf)) and math.isinf(perplexity(1e4))
+    assert perplexity(0.0) == 1.0
