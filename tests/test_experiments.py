@@ -1,7 +1,12 @@
 """Experiments run headless: wrong parameters stop them at once, and what they leave opens anywhere and says where it comes from."""
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -277,3 +282,20 @@ def test_text_table():
     "Columns are aligned, numbers to the right with thousands separated."
     table = text_table([{"model": "dense", "parameters": 3939264, "perplexity": 36.127}, {"model": "a", "parameters": 12, "perplexity": 1000.0}])
     assert table.splitlines() == ["model  parameters  perplexity", "dense   3,939,264       36.13", "a              12    1,000.00"]
+
+
+def test_interrupted_command_continues(demo, corpus, tmp_path):
+    "Ctrl-C in a terminal: one line, exit status 130, no kernel left behind; the same command then ends with the winner of the undisturbed run."
+    values = BUDGETS["demo"] | {"text": str(corpus), "report_dir": "{}/reports/demo"}
+    options = [word for name, value in values.items() for word in ("-p", name, value.replace("{}", str(tmp_path)))]
+    command = [sys.executable, "-c", "import sys; from evoprune_nb.experiments import main; sys.exit(main())", "run", str(DEMO), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "runs" / "demo" / "events.jsonl"
+    while process.poll() is None and (not log.exists() or b'"evaluation"' not in log.read_bytes()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in error.splitlines()[-1]
+    assert not History(log.parent).finished
+    assert run(DEMO, tmp_path, "demo", corpus) == 0
+    assert History(log.parent).winner == History(demo / "runs" / "demo").winner
