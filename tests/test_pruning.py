@@ -7,8 +7,8 @@ from safetensors import safe_open
 from helpers import random_blocks, small_model
 
 from evoprune_nb import pruning
-from evoprune_nb.models import model_fingerprint
-from evoprune_nb.pruning import LevelDatabase, build_database, kept_structures, prune_unit
+from evoprune_nb.models import Unit, decoder_layers, model_fingerprint
+from evoprune_nb.pruning import CalibrationPlan, LevelDatabase, build_database, kept_structures, plan_calibration, prune_unit
 
 HEADS = dict(size=4, n_kv_heads=2)
 
@@ -252,15 +252,46 @@ def test_build_killed_at_its_first_write_continues(model, built, tmp_path, monke
     assert contents(tmp_path / "database").keys() >= contents(built).keys()
 
 
-@pytest.mark.parametrize("limit, passes", [(1, 6), (4 * (48**2 + 80**2), 4), (None, 1)])
-def test_grouped_hessians_give_the_same_database(model, built, tmp_path, monkeypatch, limit, passes):
-    "A limit on the memory of Hessians is kept wherever one fits, and changes the number of passes but not a byte of the result."
+LARGEST, LAYER = 4 * 80**2, 4 * (48**2 + 80**2)  # bytes of the largest Hessian, and of one layer's, of the small model
+
+
+@pytest.mark.parametrize("limit, n_groups", [(LARGEST, 6), (LAYER, 3), (2 * LAYER, 2), (None, 1)])
+def test_grouped_hessians_give_the_same_database(model, built, tmp_path, monkeypatch, limit, n_groups):
+    "A limit on the memory of Hessians is kept, and changes the number of passes but not a byte of the result."
     collect, held = pruning.collect_hessians, []
-    monkeypatch.setattr(pruning, "collect_hessians", lambda *args: held.append(collect(*args)) or held[-1])
-    build_database(model, random_blocks(), tmp_path / "database", hessian_bytes=limit, progress=False)
-    assert len(held) == passes
-    assert all(len(group) == 1 or limit is None or sum(hessian.nbytes for hessian in group) <= limit for group in held)
+    monkeypatch.setattr(pruning, "collect_hessians", lambda *args: held.append(collect(*args)) or list(held[-1]))
+    build_database(model, random_blocks(), tmp_path / "database", memory_bytes=limit, progress=False)
+    assert len(held) == n_groups
+    assert all(limit is None or sum(hessian.nbytes for hessian in group) <= limit for group in held)
     assert contents(tmp_path / "database") == contents(built)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "mistral"])
+def test_layers_calibrated_from_stored_states_run_once(family, tmp_path, monkeypatch):
+    "With hidden states stored between groups of layers, every layer runs once per batch, and the database is the same to the last byte."
+    model, blocks = small_model(family), random_blocks(4)
+    build_database(model, blocks, tmp_path / "whole", batch_size=2, progress=False)
+    _, layers = decoder_layers(model)
+    calls = []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
+    by_layer = lambda units, *_: CalibrationPlan(tuple(tuple(unit for unit in units if unit.layer == i) for i in range(len(layers))), True, 0)
+    monkeypatch.setattr(pruning, "plan_calibration", by_layer)
+    build_database(model, blocks, tmp_path / "split", batch_size=2, progress=False)
+    assert calls == [0, 0, 1, 1, 2, 2]
+    assert contents(tmp_path / "split") == contents(tmp_path / "whole")
+
+
+def test_plan_of_calibration():
+    "No limit: one pass. Room for the hidden states: groups of whole layers from stored states. Else: one pass a group. Too little for one Hessian: an error with the number needed."
+    units = [Unit(layer, kind, "", "", size, 1) for layer in range(4) for kind, size in (("attn", 10), ("mlp", 20))]  # 400 and 1600 bytes
+    assert [len(group) for group in plan_calibration(units, 5000).groups] == [8]
+    stored = plan_calibration(units, 1000, 5000)
+    assert stored.offload and [len(group) for group in stored.groups] == [4, 4] and stored.n_bytes == 5000
+    repeated = plan_calibration(units, 10_000, 5000)
+    assert not repeated.offload and [len(group) for group in repeated.groups] == [5, 3] and repeated.n_bytes == 4400
+    with pytest.raises(ValueError, match="1,600"):
+        plan_calibration(units, 0, 1599)
 
 
 @pytest.mark.parametrize("change, named", [
