@@ -62,30 +62,30 @@ def _collecting(model: nn.Module, units: Sequence[Unit], hessians: list[torch.Te
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/04_pruning.ipynb #15a1106f
+# %% ../nbs/04_pruning.ipynb #a90c9c70
 @contextmanager
 def layer_span(
     model: nn.Module,  # a causal LM
     span: range,  # indices of the layers to run
-    stored: deque[torch.Tensor | None] | None = None,  # one entry per coming forward pass: hidden states to enter the span with, or None for the model's own
+    entering: deque[torch.Tensor | None] | None = None,  # for each coming forward pass, hidden states (batch, seq, hidden) to start from, or None for the model's own
+    leaving: deque[torch.Tensor] | None = None,  # gets, from each forward pass, the hidden states after the span, in main memory
 ) -> Iterator[None]:
-    "While open, forward passes run only these layers. Each takes the first of the `stored` hidden states, (batch, seq, hidden), and appends those that leave the span."
+    "While open, forward passes run only the layers of a span."
     _, layers = decoder_layers(model)
     outside = [layer for i, layer in enumerate(layers) if i not in span]
 
     def enter(_, args, kwargs):
-        states = stored.popleft()
+        states = entering.popleft()
         if states is None:
             return None
         states = states.to(model.device)
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
-    def leave(_, args, kwargs, output):
-        stored.append((output if isinstance(output, torch.Tensor) else output[0]).cpu())
+    def leave(_, args, output):
+        leaving.append((output if isinstance(output, torch.Tensor) else output[0]).cpu())
 
-    handles = []
-    if stored is not None:
-        handles = [layers[span.start].register_forward_pre_hook(enter, with_kwargs=True), layers[span.stop - 1].register_forward_hook(leave, with_kwargs=True)]
+    handles = [] if entering is None else [layers[span.start].register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [] if leaving is None else [layers[span.stop - 1].register_forward_hook(leave)]
     for layer in outside:
         layer.forward = lambda hidden_states, *_, **__: hidden_states
     try:
@@ -96,7 +96,7 @@ def layer_span(
         for layer in outside:
             del layer.forward
 
-# %% ../nbs/04_pruning.ipynb #83d828ce
+# %% ../nbs/04_pruning.ipynb #4bb01ae0
 def collect_hessians(
     model: nn.Module,  # the dense model, unchanged
     units: Sequence[Unit],  # whose inputs to observe
@@ -110,7 +110,7 @@ def collect_hessians(
     sizes = [unit.n_structures * unit.structure_size for unit in units]
     hessians = [torch.zeros(size, size, device=model.device) for size in sizes]
     decoder, span = model.get_decoder(), range(first, max(unit.layer for unit in units) + 1)
-    with torch.no_grad(), _collecting(model, units, hessians), layer_span(model, span, stored):
+    with torch.no_grad(), _collecting(model, units, hessians), layer_span(model, span, stored, stored):
         for batch in tqdm(blocks.split(batch_size), desc=f"calibrating layers {min(unit.layer for unit in units)}–{span.stop - 1}", unit="batch", disable=not progress):
             decoder(input_ids=batch.to(model.device), use_cache=False)
     for hessian in hessians:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'provenance', 'RunDiverged', 'EventLog', 'Search', 'check_search', 'History']
 
-# %% ../nbs/08_search.ipynb #f6855ff5
+# %% ../nbs/08_search.ipynb #50bcf461
 import json
 import math
 import os
@@ -31,10 +31,10 @@ from .genome import Genome, Space, level_grid, make_space, plan_budget
 from .models import model_fingerprint, prunable_units, resolve_device
 from .mutation import OPERATORS, make_offspring
 from .pruning import LevelDatabase
-from .selection import FITNESS, Elimination, Evaluation, Evaluator, Stage, check_stages, select
+from .selection import FITNESS, Elimination, Evaluation, Evaluator, Stage, check_restart, check_stages, select
 from .training import Training, next_token_loss
 
-# %% ../nbs/08_search.ipynb #6550349d
+# %% ../nbs/08_search.ipynb #6271bedb
 DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048))
 
 
@@ -47,6 +47,7 @@ class SearchConfig:
     generations: int = 20  # how many
     offspring: int = 8  # λ, candidates per generation
     stages: tuple[Stage, ...] = DEFAULT_STAGES  # survivors and tokens of each stage
+    restart: str = "restart"  # each stage tunes from the database ("restart", as published), or goes on from the stage before ("continue")
     fitness: str = "kl"  # "kl" or "perplexity"
     operator: str = "level_swap"  # mutation operator
     max_flips: int = 3  # strength of the mutation
@@ -56,6 +57,7 @@ class SearchConfig:
 
     def __post_init__(self):
         check_stages(self.stages, self.offspring)
+        check_restart(self.restart, self.stages)
         if self.fitness not in FITNESS:
             raise ValueError(f"fitness {self.fitness!r} is unknown; use one of {', '.join(FITNESS)}")
         if self.operator not in OPERATORS:
@@ -149,7 +151,7 @@ def _write_json(path: Path, value: dict) -> None:
     scratch.write_text(json.dumps(value, indent=1))
     os.replace(scratch, path)
 
-# %% ../nbs/08_search.ipynb #be4596e3
+# %% ../nbs/08_search.ipynb #81ab8793
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -170,7 +172,7 @@ class Search:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
         self.budget, self.start = plan_budget(self.space, config.sparsity, config.params, config.tolerance)
         self.parent, self.generation, self.finished = self.start, 0, False
-        self._evaluate = Evaluator(model, database, pools, config.stages, config.training, config.fitness, config.seed)
+        self._evaluate = Evaluator(model, database, pools, config.stages, config.training, config.fitness, config.seed, config.restart)
         self._offspring()  # raises if the mutation cannot keep the budget
         if config.heldout_tokens:
             pools["heldout"].require(config.heldout_tokens)
@@ -234,6 +236,7 @@ class Search:
         while self.generation < self.config.generations:
             offspring = self._offspring()
             self._log.event("generation", {"generation": self.generation, "parent": self.parent.code, "offspring": [genome.code for genome in offspring]})
+            self._evaluate.reference = self.parent
             stages = select(self.parent, offspring, self.config.stages, self._logged_evaluation, self.generation)
             while True:
                 try:

@@ -12,10 +12,10 @@ from evoprune_nb import selection
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import TokenPool, derive_seed
 from evoprune_nb.genome import Genome
-from evoprune_nb.models import model_fingerprint
+from evoprune_nb.models import decoder_layers, model_fingerprint
 from evoprune_nb.pruning import build_database
 from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, Stage, check_stages, cross_entropy, kl_divergence, select
-from evoprune_nb.training import Training, TrainingResult
+from evoprune_nb.training import Training, TrainingResult, train
 
 STAGES = (Stage(2, 0, 32), Stage(1, 64, 48))
 INF = math.inf
@@ -86,7 +86,7 @@ def test_candidates_of_a_stage_see_the_same_tokens(small, monkeypatch):
     model, database = small
     tuned, scored, real_hidden = {}, {}, selection.final_hidden
     evaluate = Evaluator(model, database, small_pools(), (Stage(2, 64, 64), Stage(1, 64, 64)))
-    monkeypatch.setattr(selection, "train", lambda candidate, blocks, settings: tuned[now].append(blocks.tolist()) or TrainingResult(blocks.numel(), [1.0]))
+    monkeypatch.setattr(selection, "train", lambda candidate, blocks, settings, **_: tuned[now].append(blocks.tolist()) or TrainingResult(blocks.numel(), [1.0]))
     monkeypatch.setattr(selection, "final_hidden", lambda m, blocks: (scored[now].append(blocks.tolist()) if m is not model else None, real_hidden(m, blocks))[1])
     genomes = [database.space.genome(levels) for levels in ([3, 3, 3, 5, 5, 5], [2, 4, 3, 5, 5, 5], [3, 3, 3, 4, 6, 5])]
     for now in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -124,6 +124,79 @@ def test_tuning_is_part_of_a_stage(small):
     tuned, plain = (Evaluator(model, database, small_pools(), [Stage(1, tokens, 48)], training)(genome, 0, 0) for tokens in (128, 0))
     assert (tuned.tuning_tokens, plain.tuning_tokens) == (128, 0) and tuned.scoring_tokens == plain.scoring_tokens == 48
     assert plain.tuning_loss is None and tuned.tuning_loss > 0 and tuned.fitness != plain.fitness
+
+
+CONTINUED = (Stage(3, 32, 48), Stage(2, 64, 48), Stage(1, 128, 48))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_continued_stages_are_one_uninterrupted_training(tmp_path, dtype):
+    "With restart='continue', a survivor scored in a stage is bitwise the candidate trained in one go on all tokens up to there, whether its tuned weights were kept or (as after a resume) not."
+    model, pools, training = small_model("llama-gqa").to(dtype), small_pools(), Training(lr=1e-2, batch_size=2)
+    database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    genomes = [database.space.genome([3, 3, 3, 5, 5, 4 + i]) for i in range(3)]
+    kept = Evaluator(model, database, pools, CONTINUED, training, restart="continue")
+    found = [[kept(genome, 5, stage) for genome in genomes] for stage in range(3)]
+    blocks = pools["tuning"].draw(128, derive_seed(0, 5, "tuning"))
+    for stage, evaluations in enumerate(found):
+        for genome, evaluation in zip(genomes, evaluations):
+            fresh = Evaluator(model, database, pools, CONTINUED, training, restart="continue")
+            candidate = materialize(model, database, genome)
+            train(candidate, blocks[: CONTINUED[stage].tuning_tokens // pools["tuning"].seq_len], training)
+            assert evaluation.fitness == fresh(genome, 5, stage).fitness == fresh.score(candidate, 5, stage)[0]
+            assert evaluation.tuning_tokens == CONTINUED[stage].tuning_tokens
+
+
+def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypatch):
+    "Survivors of the stage before are not trained again on what they have seen; no more candidates are held than can survive."
+    model, database = small
+    genomes, trained, real = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(4)], [], selection.train
+    monkeypatch.setattr(selection, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
+    evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), restart="continue")
+    first = sorted((evaluate(genome, 0, 0) for genome in genomes), key=lambda evaluation: evaluation.fitness)
+    assert trained == [32] * 4 and sorted(code for _, code in evaluate._kept) == sorted(e.genome for e in first[:3])
+    for evaluation in first[:3]:
+        evaluate(Genome.parse(evaluation.genome), 0, 1)
+    assert trained[4:] == [32] * 3 and len(evaluate._kept) == 2
+    parent = database.space.genome([3, 3, 3, 5, 4, 6])
+    evaluate(parent, 0, 2)
+    assert trained[7:] == [32, 32, 64]  # the parent joins last and catches up
+    evaluate(genomes[0], 1, 0)
+    assert {generation for generation, _ in evaluate._kept} == {1}
+
+
+def test_continue_refuses_schedules_that_shrink(small):
+    "Training cannot go on to fewer tokens; an unknown way to restart is named."
+    model, database = small
+    with pytest.raises(ValueError, match=r"never fall.*\[64, 32\]"):
+        Evaluator(model, database, small_pools(), (Stage(2, 64, 32), Stage(1, 32, 32)), restart="continue")
+    with pytest.raises(ValueError, match="'warm'.*restart, continue"):
+        Evaluator(model, database, small_pools(), STAGES, restart="warm")
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "mistral"])
+@pytest.mark.parametrize("fitness", ["kl", "perplexity"])
+def test_reusing_the_reference_changes_no_bit(tmp_path, family, fitness):
+    "Scoring from the reference's hidden states gives the same fitness to the last bit, runs no layer in front of the first changed one, and is not used for tuned candidates."
+    model, pools = small_model(family), small_pools()
+    database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    stages = (Stage(1, 0, 96),)
+    plain, reusing = (Evaluator(model, database, pools, stages, fitness=fitness, batch_size=2) for _ in range(2))
+    reusing.reference = database.space.genome([2, 3, 3, 5, 5, 5])
+    changes = {0: [3, 3, 3, 5, 5, 5], 1: [2, 3, 3, 5, 10, 5], 2: [2, 3, 3, 5, 5, 10]}
+    for first, levels in changes.items():
+        genome = database.space.genome(levels)
+        assert reusing._first_own_layer(genome) == first
+        assert reusing(genome, 0, 0).fitness == plain(genome, 0, 0).fitness
+    assert reusing(reusing.reference, 0, 0).fitness == plain(reusing.reference, 0, 0).fitness
+    calls, (_, layers) = [], decoder_layers(candidate := materialize(model, database, genome))
+    layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
+    reusing.score(candidate, 0, 0, genome)
+    assert not calls and reusing.score(candidate, 0, 0)[0] == plain(genome, 0, 0).fitness and calls
+    tuning = Evaluator(model, database, pools, (Stage(1, 64, 96),))
+    before = tuning(genome, 0, 0).fitness
+    tuning.reference = reusing.reference
+    assert tuning(genome, 0, 0).fitness == before
 
 
 @st.composite
