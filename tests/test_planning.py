@@ -1,0 +1,126 @@
+"""What is planned is what it takes."""
+import gc
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from evoprune_nb.budgets import plan_budget
+from evoprune_nb.data import load_pools
+from evoprune_nb.models import load_model
+from evoprune_nb.mutation import make_offspring
+from evoprune_nb.planning import Device, meta_model, plan
+from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.search import SearchConfig
+from evoprune_nb.selection import PUBLISHED_STAGES, Evaluator, Stage, select
+from evoprune_nb.training import Training
+
+SEQ = 256
+CONFIG = SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ),), training=Training(batch_size=2))
+
+
+def one_generation(model, database, pools, config=CONFIG) -> list:
+    "Run one generation from the uniform parent."
+    budget, parent = plan_budget(database.space, config.sparsity)
+    evaluate = Evaluator(model, database, pools, config.stages, config.training, restart=config.restart)
+    return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluate, 0))
+
+
+def peak_of_tensors(action) -> int:
+    "Largest number of bytes in tensors that an action allocates."
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_of_tiny(corpus, tmp_path, dtype):
+    "Disk and memory of database and search are predicted within 20 % of what is allocated."
+    model, tokenizer = load_model("tiny", dtype=dtype)
+    pools = load_pools(corpus, tokenizer, SEQ, {"calibration": 8192, "tuning": 4 * SEQ, "scoring": 2 * SEQ})
+    planned = plan("tiny", CONFIG, calibration_tokens=8192, seq_len=SEQ, dtype=dtype, batch_size=2)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    building = weights + peak_of_tensors(lambda: build_database(model, pools["calibration"].blocks.long(), tmp_path / "database", batch_size=2, progress=False))
+    database = LevelDatabase(tmp_path / "database", model)
+    searching = weights + peak_of_tensors(lambda: one_generation(model, database, pools))
+    assert planned.phases[0].disk_bytes == pytest.approx(database.n_bytes, rel=0.2)
+    assert planned.phases[0].memory_bytes == pytest.approx(building, rel=0.2)
+    assert planned.phases[1].memory_bytes == pytest.approx(searching, rel=0.2)
+
+
+MEASURE = """
+import gc, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_planning import *
+from evoprune_nb.latency import peak_rss
+torch.set_num_threads(1)
+before = peak_rss()
+model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
+pools = load_pools(sys.argv[2], tokenizer, SEQ, {"calibration": 2048, "tuning": 4 * SEQ, "scoring": 2 * SEQ})
+database = build_database(model, pools["calibration"].blocks.long(), sys.argv[3], batch_size=2, progress=False)
+building = peak_rss() - before
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+one_generation(model, database, pools)
+print(json.dumps({"disk": database.n_bytes, "building": building, "searching": peak_rss() - before}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can restart the count of a process's peak memory")
+def test_bytes_of_smollm2(corpus, tmp_path):
+    "The same for a real model, measured as the resident memory of a process of its own beyond what Python and torch take."
+    command = [sys.executable, "-c", MEASURE, str(__import__("pathlib").Path(__file__).parent), str(corpus), str(tmp_path / "database")]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    measured = json.loads(answer.stdout.splitlines()[-1])
+    database, search = plan("smollm2-135m", CONFIG, calibration_tokens=2048, seq_len=SEQ, dtype="bfloat16", batch_size=2).phases
+    assert database.disk_bytes == pytest.approx(measured["disk"], rel=0.2)
+    assert database.memory_bytes == pytest.approx(measured["building"], rel=0.2)
+    assert search.memory_bytes == pytest.approx(measured["searching"], rel=0.2)
+
+
+def test_planned_tokens_are_those_of_a_search(corpus, tokenizer, tiny, database):
+    "Tokens of one generation, counted off real evaluations, for both ways to restart; the dense model's own scoring pass is one more per stage."
+    stages = (Stage(2, 128, 128), Stage(1, 256, 64))
+    pools = load_pools(corpus, tokenizer, 64, {"calibration": 64, "tuning": 512, "scoring": 512})
+    for restart in ("restart", "continue"):
+        config = SearchConfig(generations=3, offspring=3, stages=stages, restart=restart)
+        evaluations = [event for event in one_generation(tiny, database, pools, config) if hasattr(event, "fitness")]
+        if restart == "restart":
+            tuned = sum(evaluation.tuning_tokens for evaluation in evaluations)
+        else:  # what each candidate has seen at the end
+            tuned = sum({evaluation.genome: evaluation.tuning_tokens for evaluation in evaluations}.values())
+        scored = sum(evaluation.scoring_tokens for evaluation in evaluations) + sum(stage.scoring_tokens for stage in stages)
+        assert plan("tiny", config, seq_len=64, dtype="float32").phases[1].tokens == 3 * (tuned + scored)
+
+
+def test_memory_limit_and_device():
+    "A limit on calibration memory costs passes, never more memory; a device gives times, and says what does not fit."
+    free, limited = (plan("tiny", CONFIG, memory_bytes=limit) for limit in (None, 3_000_000))
+    assert free.passes == 1 < limited.passes and limited.phases[0].memory_bytes < free.phases[0].memory_bytes
+    slow, fast = (plan("tiny", CONFIG, post_tokens=10_000, device=Device("d", 10**6, rate, rate, rate)) for rate in (1e9, 2e9))
+    assert [a.seconds for a in slow.phases] == pytest.approx([2 * b.seconds for b in fast.phases])
+    assert len(slow.too_large()) == 3 and "search needs" in slow.too_large()[1]
+    assert not free.too_large() and list(free.table().index) == ["level database", "search"]
+
+
+def test_full_size_model_is_planned_without_weights():
+    "An 8B configuration is planned on the meta device; parameters are those of the published target within the tolerance."
+    config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16")
+    assert meta_model(config).device.type == "meta"
+    planned = plan(config, SearchConfig(sparsity=None, params=4_600_000_000, offspring=16, stages=PUBLISHED_STAGES, tolerance=0.02), calibration_tokens=16_800_000, seq_len=8192)
+    assert planned.dense_params == 8_030_261_248 and planned.params == pytest.approx(4.6e9, rel=0.02)
+    with pytest.raises(ValueError, match="outside what the grid can reach"):
+        plan(config, SearchConfig(sparsity=None, params=10**12))
