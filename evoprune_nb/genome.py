@@ -109,24 +109,26 @@ class Genome:
         "Level steps between two genomes (L1)."
         return sum(abs(a - b) for a, b in zip(self.levels, other.levels, strict=True))
 
-# %% ../nbs/02_genome.ipynb #3273a43d
+# %% ../nbs/02_genome.ipynb #3dae8271
 def unit_params(
     model: nn.Module,  # the dense model
     unit: Unit,  # one of its units
     kept: int,  # structures kept
     kv_kept: int = 0,  # key/value heads kept (attention only)
 ) -> int:
-    "Parameters of a unit with so many structures kept, its normalisation included; 0 when nothing is kept."
+    "Parameters of a unit with so many structures kept, its normalisations included; 0 when nothing is kept."
     if kept == 0:
         return 0
     sublayer = model.get_submodule(unit.module)
-    total = sum(parameter.numel() for parameter in model.get_submodule(unit.norm).parameters())
+    total = sum(parameter.numel() for norm in unit.norms for parameter in model.get_submodule(norm).parameters())
     for name, parameter in sublayer.named_parameters():
         part, _, which = name.rpartition(".")
-        if part in ("q_proj", "gate_proj", "up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):
+        if part in ("q_proj", "gate_proj", "up_proj", "gate_up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):
             total += parameter.numel() * kept // unit.n_structures
         elif part in ("k_proj", "v_proj"):
             total += parameter.numel() * kv_kept // unit.n_kv_heads
+        elif part == "qkv_proj":
+            total += parameter.numel() * (kept + 2 * kv_kept) // (unit.n_structures + 2 * unit.n_kv_heads)
         else:  # output biases and query/key norms do not shrink
             total += parameter.numel()
     return total
