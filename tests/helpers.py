@@ -72,15 +72,21 @@ def random_blocks(n_blocks: int = 16, seq_len: int = 32, seed: int = 0) -> torch
 
 @st.composite
 def spaces(draw) -> Space:
-    "A space of a made-up model, with costs proportional to what is kept."
+    "A space of a made-up model, with parameters, FLOPs and cache proportional to what is kept."
     n_layers = draw(st.integers(2, 6))
     group, n_kv_heads, n_channels = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(10, 400))
     heads = draw(st.sampled_from(("free", "query", "group")))
     units = [Unit(layer, "attn", f"{layer}.attn", f"{layer}.norm", group * n_kv_heads, 8, n_kv_heads) for layer in range(n_layers)]
     units += [Unit(layer, "mlp", f"{layer}.mlp", f"{layer}.norm2", n_channels, 1) for layer in range(n_layers)]
     removed = level_grid(units, heads, draw(st.integers(2, 12)))
-    params = tuple(tuple((unit.n_structures - k) * 64 * unit.structure_size for k in levels) for unit, levels in zip(units, removed))
-    return Space(tuple(units), removed, params, draw(st.integers(0, 10_000)), "made-up")
+    kept = [[unit.n_structures - k for k in levels] for unit, levels in zip(units, removed)]
+    kv_kept = tuple(tuple(-(-k // group) if unit.kind == "attn" else 0 for k in levels) for unit, levels in zip(units, kept))
+    cost = lambda per_structure: tuple(tuple(k * per_structure(unit) for k in levels) for unit, levels in zip(units, kept))
+    costs = {
+        "params": cost(lambda unit: 64 * unit.structure_size), "flops": cost(lambda unit: (200 if unit.kind == "attn" else 128) * unit.structure_size),
+        "kv_bytes": tuple(tuple(32 * kv for kv in levels) for levels in kv_kept)}
+    fixed = {"params": draw(st.integers(0, 10_000)), "flops": draw(st.integers(0, 10_000)), "kv_bytes": 0}
+    return Space(tuple(units), removed, costs, fixed, "made-up", kv_kept)
 
 
 def small_pools(seq_len: int = 16) -> dict[str, TokenPool]:

@@ -17,7 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from evoprune_nb.data import load_pools
 from evoprune_nb.evaluation import evaluate
-from evoprune_nb.experiments import ParameterError, Report, check_parameters, file_hash, main, notebook_parameters, text_table
+from evoprune_nb.commands import main
+from evoprune_nb.experiments import ParameterError, Report, check_parameters, file_hash, notebook_parameters, text_table
 from evoprune_nb.models import load_model
 from evoprune_nb.search import History
 
@@ -288,7 +289,7 @@ def test_interrupted_command_continues(demo, corpus, tmp_path):
     "Ctrl-C in a terminal: one line, exit status 130, no kernel left behind; the same command then ends with the winner of the undisturbed run."
     values = BUDGETS["demo"] | {"text": str(corpus), "report_dir": "{}/reports/demo"}
     options = [word for name, value in values.items() for word in ("-p", name, value.replace("{}", str(tmp_path)))]
-    command = [sys.executable, "-c", "import sys; from evoprune_nb.experiments import main; sys.exit(main())", "run", str(DEMO), *options]
+    command = [sys.executable, "-c", "import sys; from evoprune_nb.commands import main; sys.exit(main())", "run", str(DEMO), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "runs" / "demo" / "events.jsonl"
     while process.poll() is None and (not log.exists() or b'"evaluation"' not in log.read_bytes()):
