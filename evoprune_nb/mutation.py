@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OPERATORS', 'level_swap', 'MutationError', 'make_offspring']
 
-# %% ../nbs/03_mutation.ipynb #5de50972
+# %% ../nbs/03_mutation.ipynb #ea7881b8
 import random
 from collections.abc import Collection
 
-from .genome import Budget, Genome, Space
+from .budgets import Budget
+from .genome import Genome, Space
 
 # %% ../nbs/03_mutation.ipynb #d140d564
 def level_swap(
@@ -37,7 +38,7 @@ def level_swap(
         levels[raised] += 1
     return parent.with_levels(levels)
 
-# %% ../nbs/03_mutation.ipynb #17bebea4
+# %% ../nbs/03_mutation.ipynb #56dbab70
 OPERATORS = {"level_swap": level_swap}
 
 
@@ -64,10 +65,10 @@ def make_offspring(
         if len(found) == n:
             break
         child = OPERATORS[operator](parent, space, rng, max_flips, frozen)
-        if child != parent and budget.contains(space.n_params(child)):
+        if child != parent and budget.contains(space, child):
             found[child] = None
     if len(found) < n:
         raise MutationError(
-            f"only {len(found)} of {n} distinct offspring were found within {budget.target:,} parameters less {budget.tolerance:.2%} "
+            f"only {len(found)} of {n} distinct offspring were found within {budget} "
             f"({len(frozen)} of {len(space.units)} units frozen): raise the tolerance or max_flips, thaw units, or ask for fewer offspring")
     return list(found)

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'layer_span', 'collect_hessians', 'PrunedUnit', 'kept_structures', 'prune_unit', 'LevelDatabase',
            'CalibrationPlan', 'plan_calibration', 'build_database']
 
-# %% ../nbs/04_pruning.ipynb #020e5079
+# %% ../nbs/04_pruning.ipynb #bf8d0cd9
 import hashlib
 import json
 import os
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from .costs import CONTEXT_TOKENS
 from .genome import Space, level_grid, make_space
 from .models import Unit, decoder_layers, model_fingerprint, prunable_units
 
@@ -280,7 +281,7 @@ def _kv_kept(unit: Unit, order: torch.Tensor, removed: Sequence[int]) -> list[in
     group = unit.n_structures // unit.n_kv_heads if unit.n_kv_heads else 1
     return [len(set((kept_structures(order, gone) // group).tolist())) if unit.kind == "attn" else 0 for gone in removed]
 
-# %% ../nbs/04_pruning.ipynb #b5fc1848
+# %% ../nbs/04_pruning.ipynb #2cee8cdd
 class LevelDatabase:
     "The pruned weights of all units at all levels, read from a directory."
 
@@ -289,6 +290,7 @@ class LevelDatabase:
         directory: str | Path,  # written by `build_database`
         model: nn.Module,  # the dense model it was built from
         verify: bool = False,  # also check every file against its checksum
+        context_tokens: int = CONTEXT_TOKENS,  # length of context that FLOPs and cache are counted at
     ):
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
@@ -309,7 +311,7 @@ class LevelDatabase:
                 if _sha256(self.directory / row["file"]) != row["sha256"]:
                     raise ValueError(f"{self.directory / row['file']} is damaged: its checksum differs from the manifest's; delete it and call build_database again")
         self.errors = [row["errors"] for row in rows]
-        self.space = make_space(model, self.units, self.manifest["removed"], [row["kv_kept"] for row in rows], self.manifest["model"])
+        self.space = make_space(model, self.units, self.manifest["removed"], [row["kv_kept"] for row in rows], self.manifest["model"], context_tokens)
 
     @cached_property
     def _files(self) -> list:

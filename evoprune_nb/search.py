@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'provenance', 'RunDiverged', 'EventLog', 'Search', 'check_search', 'History']
 
-# %% ../nbs/08_search.ipynb #50bcf461
+# %% ../nbs/08_search.ipynb #a001dbe6
 import json
 import math
 import os
@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .budgets import plan_budget
 from .candidates import materialize
 from .data import TokenPool, derive_seed
-from .genome import Genome, Space, level_grid, make_space, plan_budget
+from .genome import Genome, Space, level_grid, make_space
 from .models import model_fingerprint, prunable_units, resolve_device
 from .mutation import OPERATORS, make_offspring
 from .pruning import LevelDatabase

@@ -1,4 +1,4 @@
-"""Genomes, grids, costs and budgets."""
+"""Genomes, grids and spaces."""
 import dataclasses
 import json
 
@@ -7,11 +7,10 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.genome import Budget, Genome, equal_levels, level_grid, load_genome, make_space, plan_budget, save_genome, uniform_genome
+from evoprune_nb.genome import Genome, Space, equal_levels, level_grid, load_genome, make_space, save_genome
 from evoprune_nb.models import prunable_units
 
 rows = st.lists(st.integers(0, 35), max_size=50).map(tuple)
-shares = st.floats(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -96,58 +95,6 @@ def test_dense_costs_are_the_models_own(family):
     assert space.n_params(space.genome([len(levels) - 1 for levels in space.removed])) == space.smallest_params == space.dense_params - owned
 
 
-@given(spaces(), shares)
-def test_uniform_genome_removes_the_share(space, sparsity):
-    "Of heads and of channels alike, the share asked for is removed to within half a level step of the whole model."
-    genome = uniform_genome(space, sparsity)
-    for kind in ("attn", "mlp"):
-        of_kind = [i for i, unit in enumerate(space.units) if unit.kind == kind]
-        gone = sum(space.removed[i][genome.levels[i]] for i in of_kind)
-        wanted = sparsity * sum(space.units[i].n_structures for i in of_kind)
-        step = max(b - a for i in of_kind for a, b in zip(space.removed[i], space.removed[i][1:]))
-        assert abs(gone - wanted) <= step / 2 + 1e-6
-        assert max(genome.levels[i] for i in of_kind) - min(genome.levels[i] for i in of_kind) <= 1
-
-
-@given(spaces(), shares, st.floats(0, 0.5))
-def test_budget_is_one_sided(space, sparsity, tolerance):
-    "The target of a budget is the uniform genome's own size: it fits, one parameter more does not, nor does less than the tolerance."
-    budget, start = plan_budget(space, sparsity=sparsity, tolerance=tolerance)
-    assert start == uniform_genome(space, sparsity) and budget.target == space.n_params(start)
-    assert budget.contains(budget.target) and not budget.contains(budget.target + 1)
-    assert not budget.contains(int(budget.target * (1 - tolerance)) - 1)
-
-
-@given(spaces(), shares, st.floats(0.001, 0.2))
-def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
-    "With `params`, the uniform start is at most that large and within the tolerance; where none is, the nearest is named."
-    params = round(space.smallest_params + share * (space.dense_params - space.smallest_params))
-    try:
-        budget, start = plan_budget(space, params=params, tolerance=tolerance)
-    except ValueError as error:
-        assert "the nearest has" in str(error)
-    else:
-        assert budget == Budget(params, tolerance) and params * (1 - tolerance) <= space.n_params(start) <= params
-
-
-@pytest.mark.parametrize("wanted, message", [
-    (dict(sparsity=1.2), "1.2 is outside what the grid can reach: 0 to 1"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
-    (dict(params=10**9), r"{smallest:,} to {dense:,}"), ({}, "either sparsity or params"), (dict(sparsity=0.5, params=1000), "either sparsity or params")])
-def test_budgets_out_of_reach_name_the_range(space, wanted, message):
-    "A sparsity or size that the grid cannot reach is an error with the range that it can."
-    with pytest.raises(ValueError, match=message.format(smallest=space.smallest_params, dense=space.dense_params)):
-        plan_budget(space, **wanted)
-
-
-def test_range_of_a_grid_that_does_not_reach_the_top(model):
-    "Where a custom grid stops at half, so does the reachable sparsity."
-    units = prunable_units(model)
-    space = make_space(model, units, level_grid(units, custom={"mlp": [0, 20, 40]}))
-    assert space.params_removed(uniform_genome(space, 0.5)) == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(ValueError, match="0 to 0.5"):
-        uniform_genome(space, 0.51)
-
-
 def test_saved_genome_is_refused_by_another_space(model, space, tmp_path):
     "A genome file opens in its own space only; another model or grid is named in the error."
     genome, path = space.genome([1, 2, 3, 4, 5, 6]), tmp_path / "genome.json"
@@ -164,3 +111,27 @@ def test_genome_of_another_shape_is_refused(space, genome, message):
     "A genome that a space does not contain says why."
     with pytest.raises(ValueError, match=message):
         space.n_params(genome)
+
+
+@given(spaces())
+def test_space_round_trips_through_json(space):
+    "A space is what its JSON says; measures it does not know are an error that names those it does."
+    assert Space.from_dict(json.loads(json.dumps(dataclasses.asdict(space)))) == space
+    with pytest.raises(ValueError, match="'latency' are not known.*params, flops, kv_bytes"):
+        space.cost(space.genome([0] * len(space.units)), "latency")
+
+
+def test_spaces_of_earlier_versions_load(space):
+    "JSON with parameters only, as run directories of earlier versions hold it, gives the same genomes, fingerprint and sizes."
+    row = json.loads(json.dumps(dataclasses.asdict(space)))
+    old = {"units": row["units"], "removed": row["removed"], "params": row["costs"]["params"], "fixed_params": row["fixed"]["params"], "model": row["model"]}
+    loaded, genome = Space.from_dict(old), space.genome([1, 2, 3, 4, 5, 6])
+    assert loaded.fingerprint == space.fingerprint and loaded.n_params(genome) == space.n_params(genome) and list(loaded.costs) == ["params"]
+
+
+@given(spaces(), st.data())
+def test_costs_are_sums_over_units(space, data):
+    "What a genome costs is the fixed part and one entry of the table for each unit, in every measure."
+    genome = space.genome([data.draw(st.integers(0, space.n_levels(i) - 1)) for i in range(len(space.units))])
+    for measure, table in space.costs.items():
+        assert space.cost(genome, measure) == space.fixed[measure] + sum(table[i][level] for i, level in enumerate(genome.levels))

@@ -6,7 +6,8 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.genome import level_grid, make_space, plan_budget
+from evoprune_nb.budgets import plan_budget
+from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
 from evoprune_nb.mutation import MutationError, level_swap, make_offspring
 
@@ -52,7 +53,7 @@ def test_offspring_keep_every_promise_or_say_how_many_do(space, sparsity, seed, 
         assert any(f"only {found} of {n}" in str(error) for found in range(n))
         return
     assert len(set(offspring)) == len(offspring) == n and parent not in offspring
-    assert all(budget.target * 0.95 <= space.n_params(child) <= budget.target for child in offspring)
+    assert all(budget.limits["params"] * 0.95 <= space.n_params(child) <= budget.limits["params"] for child in offspring)
     assert all(child.levels[unit] == parent.levels[unit] for child in offspring for unit in frozen)
     assert make() == offspring
 

@@ -268,7 +268,7 @@ def test_every_evaluated_genome_keeps_the_budget(small, tmp_path, changes):
     config = short_config(generations=6, **changes)
     search = fake_search(tmp_path / "run", small, config)
     search.run(progress=False)
-    codes, target = set(History(tmp_path / "run").evaluations.genome), search.budget.target
+    codes, target = set(History(tmp_path / "run").evaluations.genome), search.budget.limits["params"]
     assert target == (config.params or search.space.n_params(search.start)) and len(codes) > 10
     for code in codes:
         n_params = sum(p.numel() for p in materialize(*small, Genome.parse(code), trainable=False).parameters())
