@@ -133,40 +133,41 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     weight[:, dead] = 0
     return weight, hessian
 
-# %% ../nbs/04_pruning.ipynb #8f6e0cd5
-def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, here: torch.Tensor, n: int) -> torch.Tensor:
-    "Remove the `n` cheapest columns of those `here`, one after another; changes all three in place, returns their positions in order."
-    g, p, kept, picked = gram.diagonal().clone(), inverse.diagonal().clone(), here.to(gram.dtype), []
+# %% ../nbs/04_pruning.ipynb #06ea4209
+def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, n: int) -> torch.Tensor:
+    "Remove the `n` cheapest of the columns that are `alive`, one after another; changes all three in place, returns their positions in order."
+    g, p = gram.diagonal().clone(), inverse.diagonal().clone()
+    g[~alive], p[~alive] = torch.inf, 1  # an infinite score is never the smallest
     vu, uv, pivot_v = (gram.new_empty(rows, len(gram)) for rows in (2 * n, 2 * n, n))
-    v, u = vu[:n], vu[n:]
+    v, u, scores, picked = vu[:n], vu[n:], torch.empty_like(g), []
     for k in range(n):
-        j = torch.where(here, g / p, torch.inf).argmin()
-        row = torch.addmv(inverse[j], pivot_v[:k].T, v[:k, j], alpha=-1).mul_(kept)
+        j = int(torch.div(g, p, out=scores).argmin())
+        row = torch.addmv(inverse[j], pivot_v[:k].T, v[:k, j], alpha=-1, out=pivot_v[k])
         torch.div(row, row[j], out=v[k])
-        pivot_v[k] = row
-        grow = torch.addmv(gram[j], v[:k].T, u[:k, j], alpha=-1).addmv_(u[:k].T, v[:k, j], alpha=-1).mul_(kept)
+        grow = torch.addmv(gram[j], v[:k].T, u[:k, j], alpha=-1).addmv_(u[:k].T, v[:k, j], alpha=-1)
         torch.addcmul(grow, grow[j], v[k], value=-0.5, out=u[k])
         p.addcmul_(row, v[k], value=-1)
         g.addcmul_(u[k], v[k], value=-2)
-        here[j], kept[j] = False, 0
+        g[j], p[j] = torch.inf, 1
         picked.append(j)
     torch.cat([u, v], out=uv)
     inverse.addmm_(pivot_v.T, v, alpha=-1)
     gram.addmm_(vu.T, uv, alpha=-1)
-    return torch.stack(picked)
+    alive[picked] = False
+    return torch.tensor(picked, device=gram.device)
 
 
 def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 32) -> torch.Tensor:
     "Order of removal of single columns by lazily applied rank-one updates; consumes its arguments."
-    alive, order = torch.arange(len(gram), device=gram.device), []
-    while len(alive):
-        here, left = torch.ones(len(alive), dtype=torch.bool, device=gram.device), len(alive)
-        while left > 0.75 * len(alive):
+    names, order = torch.arange(len(gram), device=gram.device), []
+    while len(names):
+        alive, left = torch.ones(len(names), dtype=torch.bool, device=gram.device), len(names)
+        while left > 0.75 * len(names):
             n = min(block, left)
-            order.append(alive[_remove_channels(gram, inverse, here, n)])
+            order.append(names[_remove_channels(gram, inverse, alive, n)])
             left -= n
-        rest = here.nonzero().squeeze(1)
-        alive, gram, inverse = alive[rest], gram[rest][:, rest], inverse[rest][:, rest]
+        rest = alive.nonzero().squeeze(1)
+        names, gram, inverse = names[rest], gram[rest][:, rest], inverse[rest][:, rest]
     return torch.cat(order)
 
 # %% ../nbs/04_pruning.ipynb #2fe4aaa6
