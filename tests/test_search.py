@@ -21,7 +21,9 @@ from evoprune_nb.data import load_pools
 from evoprune_nb.evaluation import evaluate
 from evoprune_nb.genome import Genome
 from evoprune_nb.pruning import build_database
-from evoprune_nb.search import EventLog, History, RunDiverged, Search, SearchConfig
+from evoprune_nb.history import History
+from evoprune_nb.runs import EventLog, RunDiverged
+from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
 
