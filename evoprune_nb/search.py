@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #695303fb
+# %% ../nbs/08_search.ipynb #3598fe3c
 import json
 import math
 import random
@@ -26,8 +26,7 @@ from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome, level_grid, make_space
 from .models import model_fingerprint, prunable_units
-from . import mutation
-from .mutation import make_offspring
+from .mutation import fit_budget, make_offspring
 from .pruning import LevelDatabase
 from .runs import DriverLock, EventLog, RunDiverged, provenance, read_events, write_json, write_state
 from .selection import Elimination, Evaluation, Evaluator, Stage, check_text, select
@@ -53,7 +52,7 @@ def fingerprints(
     text = {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": database.space.model, "space": database.space.fingerprint, "database": database.fingerprint} | text
 
-# %% ../nbs/08_search.ipynb #25663df8
+# %% ../nbs/08_search.ipynb #233dab66
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -120,10 +119,13 @@ class Search:
         return Position(Rules.of(self.config), self.start.code)
 
     def _folded(self, rows: list[dict]) -> Position:
-        "Where these events lead."
+        "Where these events lead; up to the first that no search writes, which playing them back will report."
         position = self._origin()
         for row in rows:
-            position = position.after(row)
+            try:
+                position = position.after(row)
+            except (KeyError, IndexError, ValueError):
+                break
         return position
 
     @property
@@ -263,7 +265,7 @@ class Search:
     def _aimed(self, parent: Genome, rules: Rules) -> Genome:
         "The parent, fitted to the budget if that has moved."
         budget, _ = self._target(rules)
-        return parent if budget.contains(self.space, parent) else mutation.fit_budget(parent, self.space, budget, self.database.errors, rules.frozen_units(self.space))
+        return parent if budget.contains(self.space, parent) else fit_budget(parent, self.space, budget, self.database.errors, rules.frozen_units(self.space))
 
     def _offspring(self, parent: Genome, position: Position) -> list[Genome]:
         "Mutants of a parent, by the rules and seeds of a position."

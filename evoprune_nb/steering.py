@@ -166,7 +166,7 @@ def change_rules(
         return replace(rules, **{"sparsity": None, "params": None, setting: value})
     return replace(rules, **{setting: value})
 
-# %% ../nbs/07b_steering.ipynb #f3e5d33e
+# %% ../nbs/07b_steering.ipynb #6b1aa3a4
 _KINDS = {"offspring": int, "max_flips": int, "generations": int, "params": int, "lr": float, "sparsity": float, "operator": str, "fitness": str}
 
 
@@ -220,7 +220,7 @@ def _meets_budget(genome: Genome, rules: Rules, space: Space) -> None:
     "Raise `ValueError` for a genome of another shape or size."
     space.check(genome)
     budget, _ = rules.target(space)
-    if not budget.contains(space.n_params(genome)):
+    if not budget.contains(space, genome):
         has = ", ".join(f"{space.cost(genome, measure):,.6g} {MEASURES[measure]}" for measure in budget.limits)
         raise ValueError(f"genome {genome.code} has {has}; the budget is {budget}")
 
