@@ -153,10 +153,10 @@ def _smollm2_dir() -> Path:
 
 EMBEDDED_MODELS = {"tiny": lambda: Path(str(files("evoprune_nb") / "tiny")), "smollm2-135m": _smollm2_dir}
 
-# %% ../nbs/00_models.ipynb #97ba7a18
+# %% ../nbs/00_models.ipynb #f3617a46
 def load_model(
     name: str = "tiny",  # "tiny", "smollm2-135m", a local directory, or a hub id
-    dtype: str | torch.dtype = "float32",  # dtype of the weights
+    dtype: str | torch.dtype = "float32",  # dtype of the weights; "auto": that of the checkpoint
     device: str | torch.device = "cpu",  # where the weights go
     revision: str | None = None,  # git revision of a hub model
     trust_remote_code: bool = False,  # transformers' flag: run code that comes with the checkpoint
@@ -166,7 +166,7 @@ def load_model(
     Raises `ValueError` for an unknown name, dtype or device, before any weight is read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype, device = resolve_dtype(dtype), resolve_device(device)
+    dtype, device = dtype if dtype == "auto" else resolve_dtype(dtype), resolve_device(device)
     source = str(EMBEDDED_MODELS[name]()) if name in EMBEDDED_MODELS else str(name)
     if source.startswith((".", "/", "~")):
         source = str(Path(source).expanduser())
