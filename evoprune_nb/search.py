@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #3598fe3c
+# %% ../nbs/08_search.ipynb #bf552327
 import json
 import math
 import random
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .budgets import Budget
+from .budgets import Budget, plan_budget
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome, level_grid, make_space
@@ -33,7 +33,7 @@ from .selection import Elimination, Evaluation, Evaluator, Stage, check_text, se
 from .steering import Position, Rules, SearchConfig, check_command, forward_tokens, generation_tokens
 from .training import Training, next_token_loss
 
-# %% ../nbs/08_search.ipynb #62d2751a
+# %% ../nbs/08_search.ipynb #a4ba3d9a
 def _to_json(evaluation: Evaluation) -> dict:
     row = asdict(evaluation)
     return row | {"fitness": None if math.isinf(row["fitness"]) else row["fitness"]}
@@ -43,16 +43,17 @@ def _from_json(row: dict) -> Evaluation:
     fields = {name: row[name] for name in Evaluation.__dataclass_fields__}
     return Evaluation(**fields | {"fitness": math.inf if row["fitness"] is None else row["fitness"]})
 
-# %% ../nbs/08_search.ipynb #ab81927e
+# %% ../nbs/08_search.ipynb #35816ca3
 def fingerprints(
     database: LevelDatabase,  # of the dense model
     pools: dict[str, TokenPool],  # text; that of calibration is in the database already
+    config: SearchConfig,  # limits on costs depend on the context, and on the latency table
 ) -> dict[str, str]:
     "What a search depends on besides its settings: name → 16 hex digits."
-    text = {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
-    return {"model": database.space.model, "space": database.space.fingerprint, "database": database.fingerprint} | text
+    space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
+    return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #233dab66
+# %% ../nbs/08_search.ipynb #ae1cf944
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -88,7 +89,7 @@ class Search:
 
     def _open(self, source: dict | None) -> None:
         "Create the run directory, or check that the one there belongs to this search."
-        mine = json.loads(json.dumps({"config": asdict(self.config), "fingerprints": fingerprints(self.database, self.pools)}))
+        mine = json.loads(json.dumps({"config": asdict(self.config), "fingerprints": fingerprints(self.database, self.pools, self.config)}))
         path = self.run_dir / "config.json"
         if path.exists():
             theirs = json.loads(path.read_text())
@@ -415,7 +416,7 @@ class Search:
             self.drive(show)
         return self.parent
 
-# %% ../nbs/08_search.ipynb #88a992d2
+# %% ../nbs/08_search.ipynb #e4b3fddc
 def check_search(
     model: nn.Module,  # the dense model
     pools: dict[str, TokenPool],  # its text
@@ -426,6 +427,8 @@ def check_search(
     "Raise `ValueError` for a sparsity out of reach, too little text for a stage, a model that cannot be pruned or scored, or offspring that cannot be found."
     units = prunable_units(model)
     space = make_space(model, units, level_grid(units, heads, n_levels))
-    budget, start = Rules.of(config).target(space)
     Evaluator(model, None, pools, config.stages, config.training, config.fitness, config.seed)
-    make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_flips)
+    limits = {measure: share for measure, share in (config.limits or {}).items() if measure != "latency"}  # seconds are known once the database's units were timed
+    if limits or config.sparsity is not None or config.params is not None:
+        budget, start = plan_budget(space, config.sparsity, config.params, config.tolerance, limits, config.caps)
+        make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_flips)

@@ -6,28 +6,28 @@
 __all__ = ['DEFAULT_STAGES', 'SETTINGS', 'COMMANDS', 'SearchConfig', 'Rules', 'forward_tokens', 'generation_tokens', 'Command',
            'change_rules', 'check_command', 'describe', 'Position']
 
-# %% ../nbs/07b_steering.ipynb #de254bd0
+# %% ../nbs/07b_steering.ipynb #d57a1b3f
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
-from .budgets import Budget, check_caps, plan_budget
+from .budgets import Budget, check_caps, check_limits, plan_budget
 from .costs import MEASURES
 from .genome import Genome, Space
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage, check_restart, check_stages
 from .training import Training
 
-# %% ../nbs/07b_steering.ipynb #67e97306
+# %% ../nbs/07b_steering.ipynb #d5b121af
 DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048))
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     "Everything that determines a search, besides model, database and data."
-    sparsity: float | None = 0.5  # share of the structures to remove, or …
-    params: int | None = None  # … the largest number of parameters (then sparsity must be None)
-    limits: dict[str, float] | None = None  # measure → largest share of the dense model's cost, alone or together with one of these
-    caps: dict[str, int] | None = None  # limits on shapes, such as {"max_width": 1024}; see `budgets.CAPS`
+    sparsity: float | None = None  # share of the structures to remove (0.5 when nothing else limits the size), or …
+    params: int | None = None  # … the largest number of parameters, and/or …
+    limits: dict[str, float] | None = None  # … measure ("params", "flops", "kv_bytes", "latency") → largest share of the dense model's cost
+    caps: dict[str, int] | None = None  # limits on shapes: "max_width", "min_width", "max_heads", "min_heads" of any layer
     tolerance: float = 0.01  # how far below its budget a candidate may be
     generations: int = 20  # how many
     offspring: int = 8  # λ, candidates per generation
@@ -41,9 +41,12 @@ class SearchConfig:
     seed: int = 0  # of everything
 
     def __post_init__(self):
+        if self.sparsity is None and self.params is None and not self.limits:
+            object.__setattr__(self, "sparsity", 0.5)
+        check_limits(self.limits or {})
+        check_caps(self.caps or {})
         check_stages(self.stages, self.offspring)
         check_restart(self.restart, self.stages)
-        check_caps(self.caps or {})
         if self.fitness not in FITNESS:
             raise ValueError(f"fitness {self.fitness!r} is unknown; use one of {', '.join(FITNESS)}")
         if self.operator not in OPERATORS:
@@ -224,7 +227,7 @@ def _meets_budget(genome: Genome, rules: Rules, space: Space) -> None:
         has = ", ".join(f"{space.cost(genome, measure):,.6g} {MEASURES[measure]}" for measure in budget.limits)
         raise ValueError(f"genome {genome.code} has {has}; the budget is {budget}")
 
-# %% ../nbs/07b_steering.ipynb #d0524e95
+# %% ../nbs/07b_steering.ipynb #4a303129
 def check_command(
     command: dict,  # what somebody wants
     rules: Rules,  # in force when it is applied
@@ -257,6 +260,8 @@ def check_command(
     elif name == "set":
         _one_of("setting", row["setting"], SETTINGS)
         row["value"] = _checked_value(row["setting"], row["value"])
+        if row["value"] is None and not any(getattr(rules, other) for other in ("sparsity", "params", "limits") if other != row["setting"]):
+            raise ValueError(f"without {row['setting']} nothing limits the size; set another of sparsity, params and limits first")
     changed = change_rules(rules, row)
     if not changed.same_target(rules):
         changed.target(space)  # raises when it is out of reach

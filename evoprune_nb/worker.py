@@ -93,7 +93,7 @@ def worker_of(run_dir: str | Path) -> Worker | None:
     "The worker of this process for a run directory, if there is one: two panels on one run share it."
     return _WORKERS.get(Path(run_dir).resolve())
 
-# %% ../nbs/08b_worker.ipynb #ffa3ca33
+# %% ../nbs/08b_worker.ipynb #c0da05f1
 def commands_of(
     run_dir: str | Path,  # of any run
 ) -> list[dict]:
@@ -138,7 +138,7 @@ def replay(
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)
-    mine = fingerprints(database, pools)
+    mine = fingerprints(database, pools, recorded.config)
     if differing := [f"{name} ({theirs} there, {mine.get(name)} here)" for name, theirs in recorded.settings["fingerprints"].items() if mine.get(name) != theirs]:
         raise ValueError(f"{run_dir} was made with another {', '.join(differing)}")
     return follow(Search(new_dir, model, database, pools, recorded.config, source=recorded.source), commands_of(run_dir), progress)
