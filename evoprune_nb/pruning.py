@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'layer_span', 'collect_hessians', 'PrunedUnit', 'kept_structures', 'prune_unit', 'LevelDatabase',
            'CalibrationPlan', 'plan_calibration', 'build_database']
 
-# %% ../nbs/04_pruning.ipynb #bf8d0cd9
+# %% ../nbs/04_pruning.ipynb #b12aa883
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .costs import CONTEXT_TOKENS
+from .allocator import keep_freed_memory
 from .genome import Space, level_grid, make_space
 from .models import Unit, decoder_layers, model_fingerprint, prunable_units
 
@@ -384,7 +385,7 @@ def plan_calibration(
         raise ValueError(f"memory_bytes={memory_bytes:,} is too little: the largest Hessian of this model takes {needed:,} bytes")
     return CalibrationPlan(tuple(groups), False, needed)
 
-# %% ../nbs/04_pruning.ipynb #58f7affe
+# %% ../nbs/04_pruning.ipynb #6fb77839
 def _stored_bytes(model: nn.Module, unit: Unit, removed: Sequence[int]) -> int:
     "Bytes of the compact weights of a unit at all levels between dense and empty."
     weight = model.get_submodule(unit.output).weight
@@ -441,13 +442,12 @@ def build_database(
     missing = [unit for unit in units if not _is_whole(directory, manifest["built"].get(unit.name))]
     plan = plan_calibration(missing, blocks.numel() * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize, memory_bytes)
     _check_disk(directory, sum(_stored_bytes(model, unit, levels[unit.name]) for unit in missing))
-    bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing)
-    for unit, hessian in _calibrated(model, blocks, batch_size, plan, progress) if missing else ():
-        pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, levels[unit.name], unit.structure_size, unit.n_kv_heads, heads, damping)
-        manifest["built"][unit.name] = _store_unit(directory, unit, pruned, levels[unit.name])
-        _write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))
-        bar.update()
-    bar.close()
+    with keep_freed_memory(), tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing) as bar:
+        for unit, hessian in _calibrated(model, blocks, batch_size, plan, progress) if missing else ():
+            pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, levels[unit.name], unit.structure_size, unit.n_kv_heads, heads, damping)
+            manifest["built"][unit.name] = _store_unit(directory, unit, pruned, levels[unit.name])
+            _write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))
+            bar.update()
     return LevelDatabase(directory, model)
 
 
