@@ -5,15 +5,20 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14a_commands.ipynb #8053c220
+# %% ../nbs/14a_commands.ipynb #a5777777
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
-from .experiments import ParameterError, notebook_parameters, run_experiment
+from .data import load_pools
+from .evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
+from .experiments import ParameterError, file_hash, notebook_parameters, run_experiment, text_table
+from .latency import kv_cache_bytes, measure_latency, peak_memory
+from .models import load_model, resolve_device
 
 # %% ../nbs/14a_commands.ipynb #2413f1cc
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -69,13 +74,74 @@ def _fetch(options: argparse.Namespace) -> None:
             raise ParameterError(f"nothing embedded is called {name!r}; there are {', '.join(everything)}")
         print(f"{name}: {everything[name]()}")
 
-# %% ../nbs/14a_commands.ipynb #07b30ffd
+# %% ../nbs/14a_commands.ipynb #9e15cb76
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("eval", help="held-out loss, zero-shot tasks, latency and memory of a model")
+    evaluate.add_argument("model", help="exported or other local directory, embedded name, or hub id")
+    evaluate.add_argument("--text", default="wikipedia-sample", help="source of held-out text: embedded name, local file, hub dataset; 'none' to leave it out (default: %(default)s)")
+    evaluate.add_argument("--column", default="text", help="column of the text (default: %(default)s)")
+    evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
+    evaluate.add_argument("--tokens", type=int, default=None, help="held-out tokens (default: all there are)")
+    evaluate.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-evaluation-harness, task files (.yaml), or files of questions (.jsonl: query, choices, gold)")
+    evaluate.add_argument("--prompt", default="{{query}}", help="for .jsonl tasks: template of what precedes a choice; \\n is a line break (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, default=None, help="questions per task (default: all)")
+    evaluate.add_argument("--latency", action="store_true", help="measure prefill and decode")
+    evaluate.add_argument("--memory", action="store_true", help="measure peak memory in a process of its own")
+    evaluate.add_argument("--batch-size", type=int, default=1, help="sequences at a time when measuring latency and memory (default: %(default)s)")
+    evaluate.add_argument("--prompt-tokens", type=int, default=512, help="tokens read when measuring latency and memory (default: %(default)s)")
+    evaluate.add_argument("--new-tokens", type=int, default=64, help="tokens written when measuring latency and memory (default: %(default)s)")
+    evaluate.add_argument("--repeats", type=int, default=10, help="timed repeats, after 2 for warm-up (default: %(default)s)")
+    evaluate.add_argument("--out", metavar="FILE", default=None, help="JSON report (default: evaluation.json in the model's directory, NAME.evaluation.json here for others)")
+    _add_model_options(evaluate)
+    evaluate.set_defaults(function=_eval)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    "How a model is loaded."
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights; auto: that of the checkpoint (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps …; auto: the best there is (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint, as pruned ones need")
+
+
+def _task_files(options: argparse.Namespace, directory: str) -> list[str]:
+    "Tasks with files of questions turned into task files."
+    prompt = options.prompt.replace("\\n", "\n")
+    return [str(write_task(task, directory, prompt=prompt)) if Path(task).suffix == ".jsonl" else task for task in options.tasks]
+
+
+def _eval(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        conditions, measured = {}, {}
+        tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
+        loading = dict(dtype=options.dtype, device=str(resolve_device(options.device)), trust_remote_code=options.trust_remote_code)
+        model, tokenizer = load_model(options.model, **loading)
+        if options.text != "none":
+            pool = load_pools(options.text, tokenizer, options.seq_len, {"heldout": options.tokens}, options.column)["heldout"]
+            conditions |= {"text": options.text, "text_file": file_hash(options.text), "text_blocks": pool.fingerprint(), "column": options.column, "seq_len": options.seq_len, "split": "heldout"}
+            measured["heldout"] = evaluate(model, pool, tokenizer, progress="held-out")
+        if tasks:
+            conditions |= {"tasks": {task: file_hash(task) for task in options.tasks}, "limit": options.limit, "prompt": options.prompt, "num_fewshot": 0}
+            measured["tasks"] = zero_shot(model, tokenizer, tasks, options.limit, progress=True)
+        shape = dict(batch_size=options.batch_size, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+        if options.latency:
+            measured["latency"] = measure_latency(model, **shape, repeats=options.repeats, progress="latency")
+            measured["kv_bytes_per_token"] = kv_cache_bytes(model, options.prompt_tokens) // options.prompt_tokens
+        if options.memory:
+            conditions |= {"memory": shape}
+            measured["memory"] = peak_memory(options.model, **shape, **loading)
+    report = evaluation_report(model, options.model, conditions, **measured)
+    here = Path(options.model)
+    path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.model.replace('/', '--')}.evaluation.json"))
+    print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
+
+# %% ../nbs/14a_commands.ipynb #ef19f71a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evoprune", description="Training-aware evolutionary pruning of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_run,
         _add_fetch,
+        _add_eval,
     ):
         add(commands)
     return parser

@@ -22,7 +22,7 @@ MEASURES = {  # name → unit of measurement
 }
 CONTEXT_TOKENS = 2048  # default length of the context, for the measures that depend on it
 
-# %% ../nbs/01b_costs.ipynb #68f6b4ce
+# %% ../nbs/01b_costs.ipynb #b8093172
 def _remaining(
     model: nn.Module,  # the dense model
     unit: Unit,  # one of its units
@@ -33,10 +33,12 @@ def _remaining(
     for name, parameter in model.get_submodule(unit.module).named_parameters():
         part, _, which = name.rpartition(".")
         share = (1, 1)  # output biases and query/key norms do not shrink
-        if part in ("q_proj", "gate_proj", "up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):
+        if part in ("q_proj", "gate_proj", "up_proj", "gate_up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):
             share = kept, unit.n_structures
         elif part in ("k_proj", "v_proj"):
             share = kv_kept, unit.n_kv_heads
+        elif part == "qkv_proj":
+            share = kept + 2 * kv_kept, unit.n_structures + 2 * unit.n_kv_heads
         yield parameter.ndim, parameter.numel() * share[0] // share[1]
 
 
@@ -46,11 +48,11 @@ def unit_params(
     kept: int,  # structures kept
     kv_kept: int = 0,  # key/value heads kept (attention only)
 ) -> int:
-    "Parameters of a unit with so many structures kept, its normalisation included; 0 when nothing is kept."
+    "Parameters of a unit with so many structures kept, its normalisations included; 0 when nothing is kept."
     if kept == 0:
         return 0
-    norm = sum(parameter.numel() for parameter in model.get_submodule(unit.norm).parameters())
-    return norm + sum(numel for _, numel in _remaining(model, unit, kept, kv_kept))
+    norms = sum(parameter.numel() for norm in unit.norms for parameter in model.get_submodule(norm).parameters())
+    return norms + sum(numel for _, numel in _remaining(model, unit, kept, kv_kept))
 
 # %% ../nbs/01b_costs.ipynb #4203673c
 def attention_window(

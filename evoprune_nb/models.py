@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_GGUF', 'WIKIPEDIA_SAMPLE', 'EMBEDDED_MODELS', 'resolve_device', 'resolve_dtype', 'EmbeddedFile', 'cache_dir',
-           'fetch_embedded', 'load_model', 'Unit', 'decoder_layers', 'find_units', 'prunable_units',
+           'fetch_embedded', 'load_model', 'Unit', 'decoder_layers', 'layer_norms', 'find_units', 'prunable_units',
            'model_fingerprint']
 
 # %% ../nbs/00_models.ipynb #a3ca4c35
@@ -153,10 +153,10 @@ def _smollm2_dir() -> Path:
 
 EMBEDDED_MODELS = {"tiny": lambda: Path(str(files("evoprune_nb") / "tiny")), "smollm2-135m": _smollm2_dir}
 
-# %% ../nbs/00_models.ipynb #97ba7a18
+# %% ../nbs/00_models.ipynb #f3617a46
 def load_model(
     name: str = "tiny",  # "tiny", "smollm2-135m", a local directory, or a hub id
-    dtype: str | torch.dtype = "float32",  # dtype of the weights
+    dtype: str | torch.dtype = "float32",  # dtype of the weights; "auto": that of the checkpoint
     device: str | torch.device = "cpu",  # where the weights go
     revision: str | None = None,  # git revision of a hub model
     trust_remote_code: bool = False,  # transformers' flag: run code that comes with the checkpoint
@@ -166,7 +166,7 @@ def load_model(
     Raises `ValueError` for an unknown name, dtype or device, before any weight is read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype, device = resolve_dtype(dtype), resolve_device(device)
+    dtype, device = dtype if dtype == "auto" else resolve_dtype(dtype), resolve_device(device)
     source = str(EMBEDDED_MODELS[name]()) if name in EMBEDDED_MODELS else str(name)
     if source.startswith((".", "/", "~")):
         source = str(Path(source).expanduser())
@@ -184,17 +184,23 @@ def load_model(
             f"nor a hub id that could be reached ({str(error).splitlines()[0]})") from error
     return model.to(device).eval(), tokenizer
 
-# %% ../nbs/00_models.ipynb #10287ea3
+# %% ../nbs/00_models.ipynb #c8c8f0fa
 @dataclass(frozen=True)
 class Unit:
     "One prunable sublayer of a decoder layer."
     layer: int  # index of the decoder layer
     kind: str  # "attn" or "mlp"
     module: str  # path of the sublayer in the model, e.g. "model.layers.0.mlp"
-    norm: str  # path of the normalisation in front of it, which goes when the whole unit goes
+    norm: str  # path of its normalisation (in front of it, where it has one there), which goes when the whole unit goes
     n_structures: int  # heads or channels in the dense unit
     structure_size: int  # input columns of the scored matrix per structure: head_dim, or 1
     n_kv_heads: int = 0  # key/value heads (attention only)
+    post_norm: str = ""  # path of a second normalisation, of what the unit adds to the residual stream; goes with the first
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        "Paths of all normalisations that go with the unit."
+        return (self.norm, self.post_norm) if self.post_norm else (self.norm,)
 
     @property
     def name(self) -> str:
@@ -206,8 +212,11 @@ class Unit:
         "Path of the linear layer whose input columns are scored and updated."
         return f"{self.module}.{'o_proj' if self.kind == 'attn' else 'down_proj'}"
 
-# %% ../nbs/00_models.ipynb #0b92aca0
-_PARTS = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+# %% ../nbs/00_models.ipynb #c4421305
+_PARTS = {
+    "attn": (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")),
+    "mlp": (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")),
+}
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -218,43 +227,113 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: len(item[1]))
 
 
+def _parts(sublayer: nn.Module, kind: str) -> tuple[str, ...]:
+    "Names of the linear layers of a sublayer; empty when they are not those of a Llama-shaped model."
+    return next((parts for parts in _PARTS[kind] if all(isinstance(getattr(sublayer, part, None), nn.Linear) for part in parts)), ())
+
+# %% ../nbs/00_models.ipynb #ab88f321
+# Normalisations (before attention, after attention, before the MLP, after the MLP), as far as a family has them.
+_NORM_ORDERS = (
+    ("input_layernorm", None, "post_attention_layernorm", None),  # Llama and most others
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2, EXAONE 4
+)
+
+
+def layer_norms(
+    layer: nn.Module,  # a decoder layer, whole or already missing a sublayer
+) -> dict[str, tuple[str | None, str | None]] | None:
+    "Per kind of sublayer, names of the normalisations before and after it; None for a layer with another set of them."
+    if hasattr(layer, "norm_names"):
+        return layer.norm_names
+    present = {name for name, child in layer.named_children() if "norm" in name}
+    for order in _NORM_ORDERS:
+        if present == set(order) - {None}:
+            return {"attn": order[:2], "mlp": order[2:]}
+    return None
+
+# %% ../nbs/00_models.ipynb #9f8cb798
+def _odd_layer(layer: nn.Module) -> str | None:
+    "Why no sublayer of the layer can be pruned, or None."
+    norms = layer_norms(layer)
+    if norms is None:
+        found = ", ".join(name for name, _ in layer.named_children() if "norm" in name) or "none"
+        return f"{type(layer).__name__} does not have exactly one normalisation before (or after, or both) each sublayer; it has {found}"
+    known = {"self_attn", "mlp", *(name for pair in norms.values() for name in pair)}
+    if foreign := sorted({name.split(".")[0] for name, _ in layer.named_parameters()} - known):
+        return f"{type(layer).__name__} has parameters besides attention, MLP and normalisations: {', '.join(foreign)}"
+    if hasattr(layer, "residual_multiplier"):
+        return f"{type(layer).__name__} scales what a sublayer adds to the residual stream"
+    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in layer.children()):
+        return f"{type(layer).__name__} drops out part of what a sublayer adds to the residual stream; set that probability to 0 in the configuration"
+    return None
+
+
+def _odd_attention(attention: nn.Module, parts: tuple[str, ...]) -> str | None:
+    "Why the heads of an attention block cannot be removed one by one, or None."
+    size = attention.head_dim
+    own = {name: parameter for name, parameter in attention.named_parameters() if name.split(".")[0] not in parts}
+    if any(parameter.numel() != size for name, parameter in own.items() if "norm" in name):
+        return "its query/key normalisation spans all heads, so heads are not independent"
+    if foreign := sorted(name for name in own if "." not in name or "norm" not in name):
+        return f"{type(attention).__name__} has parameters besides its projections and per-head normalisations: {', '.join(foreign)}"
+    n_heads, odd = divmod(attention.o_proj.in_features, size)
+    query, key, value = _head_counts(attention)
+    if odd or query != n_heads or key != value or key < 1 or n_heads % key:
+        return f"its projections hold {query:g} query, {key:g} key and {value:g} value heads of size {size}, but o_proj reads {n_heads}; they must agree"
+    return None
+
+
+def _head_counts(attention: nn.Module) -> tuple[float, float, float]:
+    "Query, key and value heads by the sizes of the projections."
+    size = attention.head_dim
+    if hasattr(attention, "qkv_proj"):
+        query = attention.o_proj.in_features / size
+        return query, (attention.qkv_proj.out_features / size - query) / 2, (attention.qkv_proj.out_features / size - query) / 2
+    return tuple(getattr(attention, part).out_features / size for part in ("q_proj", "k_proj", "v_proj"))
+
+
+def _odd_mlp(mlp: nn.Module, parts: tuple[str, ...]) -> str | None:
+    "Why the channels of an MLP cannot be removed one by one, or None."
+    if foreign := sorted(name for name, _ in mlp.named_parameters() if name.split(".")[0] not in parts):
+        return f"{type(mlp).__name__} has parameters besides its projections: {', '.join(foreign)}"
+    width = sum(getattr(mlp, part).out_features for part in parts[:-1])
+    if width != 2 * mlp.down_proj.in_features:
+        return f"its gate and up projections have {width} outputs together, but down_proj reads {mlp.down_proj.in_features}; twice that is needed"
+    return None
+
+
 def _why_not(layer: nn.Module, kind: str) -> str | None:
     "Why the sublayer of that kind cannot be pruned, or None when it can."
     sublayer = getattr(layer, "self_attn" if kind == "attn" else "mlp", None)
     if sublayer is None:
         return "the layer has no such sublayer"
-    missing = [part for part in _PARTS[kind] if not isinstance(getattr(sublayer, part, None), nn.Linear)]
-    if missing:
-        return f"{type(sublayer).__name__} has no linear {', '.join(missing)}"
-    one_norm_each = all(isinstance(getattr(layer, name, None), nn.Module) for name in ("input_layernorm", "post_attention_layernorm"))
-    if not one_norm_each or hasattr(layer, "pre_feedforward_layernorm") or hasattr(layer, "post_feedforward_layernorm"):
-        return f"{type(layer).__name__} does not have exactly one normalisation before each sublayer"
-    if hasattr(layer, "residual_multiplier"):
-        return f"{type(layer).__name__} scales what a sublayer adds to the residual stream"
-    if kind == "attn" and any(hasattr(sublayer, norm) and getattr(sublayer, norm).weight.numel() != sublayer.head_dim for norm in ("q_norm", "k_norm")):
-        return "its query/key normalisation spans all heads, so heads are not independent"
-    return None
+    parts = _parts(sublayer, kind)
+    if not parts:
+        missing = [part for part in _PARTS[kind][0] if not isinstance(getattr(sublayer, part, None), nn.Linear)]
+        return f"{type(sublayer).__name__} has no linear {', '.join(missing)} (nor {_PARTS[kind][1][0]})"
+    if not all(getattr(sublayer, part).weight.is_floating_point() for part in parts):
+        return f"{type(sublayer).__name__} has quantised weights; load the model without quantisation"
+    return _odd_layer(layer) or (_odd_attention if kind == "attn" else _odd_mlp)(sublayer, parts)
 
-# %% ../nbs/00_models.ipynb #2ae6c9f4
+# %% ../nbs/00_models.ipynb #90fde662
 def find_units(
     model: nn.Module,  # a causal LM, on any device (meta too)
 ) -> tuple[list[Unit], dict[str, str]]:
     "The prunable units (all attention units, then all MLPs, by layer) and, for sublayers that are none, path → reason."
     path, layers = decoder_layers(model)
     units, refused = [], {}
-    for kind, attribute, norm in (("attn", "self_attn", "input_layernorm"), ("mlp", "mlp", "post_attention_layernorm")):
+    for kind, attribute in (("attn", "self_attn"), ("mlp", "mlp")):
         for index, layer in enumerate(layers):
-            where = f"{path}.{index}.{attribute}"
+            where = f"{path}.{index}"
             if reason := _why_not(layer, kind):
-                refused[where] = reason
+                refused[f"{where}.{attribute}"] = reason
                 continue
-            sublayer = getattr(layer, attribute)
-            if kind == "attn":
-                size = sublayer.head_dim
-                counts = dict(n_structures=sublayer.q_proj.out_features // size, structure_size=size, n_kv_heads=sublayer.k_proj.out_features // size)
-            else:
-                counts = dict(n_structures=sublayer.down_proj.in_features, structure_size=1)
-            units.append(Unit(layer=index, kind=kind, module=where, norm=f"{path}.{index}.{norm}", **counts))
+            sublayer, norms = getattr(layer, attribute), [f"{where}.{name}" for name in layer_norms(layer)[kind] if name]
+            counts = dict(n_structures=sublayer.down_proj.in_features, structure_size=1) if kind == "mlp" else dict(
+                n_structures=sublayer.o_proj.in_features // sublayer.head_dim, structure_size=sublayer.head_dim, n_kv_heads=int(_head_counts(sublayer)[1]))
+            units.append(Unit(index, kind, f"{where}.{attribute}", norms[0], **counts, post_norm=norms[1] if len(norms) > 1 else ""))
     return units, refused
 
 

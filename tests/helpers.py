@@ -28,14 +28,31 @@ FAMILIES = {  # name → configuration class, what differs from SMALL
     "qwen2-tied": ("Qwen2Config", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", dict(head_dim=16)),
     "mistral": ("MistralConfig", dict(sliding_window=8)),
+    "llama-rope": ("LlamaConfig", dict(tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="llama3", rope_theta=10_000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32))),  # as Llama 3.1 and 3.2
+    "qwen2-mixed": ("Qwen2Config", dict(layer_types=["full_attention", "sliding_attention", "full_attention"], use_sliding_window=True, sliding_window=8)),
+    "gemma": ("GemmaConfig", dict(head_dim=8)),
+    "gemma2": ("Gemma2Config", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=8)),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "phi3": ("Phi3Config", dict(sliding_window=None)),
+    "glm4": ("Glm4Config", dict(head_dim=8, attention_bias=True)),
+    "exaone4": ("Exaone4Config", dict(sliding_window=None, layer_types=3 * ["full_attention"])),
     "granite": ("GraniteConfig", dict(residual_multiplier=0.3, logits_scaling=2.0)),
     "stablelm": ("StableLmConfig", dict(use_parallel_residual=True)),
     "olmo": ("OlmoConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
     "nemotron": ("NemotronConfig", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "starcoder2": ("Starcoder2Config", {}),
+    "cohere": ("CohereConfig", {}),
+    "diffllama": ("DiffLlamaConfig", {}),
+    "bitnet": ("BitNetConfig", {}),
+    "hunyuan": ("HunYuanDenseV1Config", dict(head_dim=8)),
+    "seed-oss": ("SeedOssConfig", dict(head_dim=8)),
 }
 
 
-def small_model(family: str, seed: int = 0, attention: str = "sdpa") -> nn.Module:
+def small_model(family: str, seed: int = 0, attention: str | None = None) -> nn.Module:
     "A random model of a family; weights, biases and norms are all far from their usual initial values."
     kind, options = FAMILIES[family]
     config = getattr(transformers, kind)(**SMALL | options)

@@ -22,7 +22,8 @@ GENOMES = {  # name → levels of the three attention units and the three MLPs
     "all gone": [TOP, TOP, TOP, TOP, TOP, TOP],
 }
 MODELS = [("llama-mha", "free"), ("llama-gqa", "free"), ("llama-gqa", "query"), ("llama-gqa", "group"), ("llama-biases", "free"), ("llama-tied", "free"),
-          ("qwen2", "free"), ("qwen2-tied", "query"), ("qwen3", "free"), ("mistral", "free")]
+          ("llama-rope", "free"), ("qwen2", "free"), ("qwen2-tied", "query"), ("qwen2-mixed", "group"), ("qwen3", "free"), ("mistral", "free"), ("gemma2", "free"),
+          ("gemma3", "query"), ("phi3", "free"), ("phi3", "group"), ("glm4", "free"), ("exaone4", "query")]
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def made(tmp_path_factory):
     "A function: family, heads, attention implementation → dense model and its database, each made once."
     known = {}
 
-    def make(family, heads="free", attention="sdpa"):
+    def make(family, heads="free", attention=None):
         if (family, heads, attention) not in known:
             model = small_model(family, attention=attention)
             known[family, heads, attention] = model, build_database(model, random_blocks(), tmp_path_factory.mktemp("database"), heads, progress=False)
@@ -84,7 +85,7 @@ def test_candidate_computes_what_the_zeroed_model_computes(made, family, heads, 
 
 
 @pytest.mark.parametrize("name", GENOMES)
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "qwen2-tied", "qwen3", "gemma2", "phi3", "glm4"])
 def test_dense_state_is_the_way_back(made, family, name):
     "A dense model with a candidate's weights in the dense shapes computes what the candidate computes."
     model, database = made(family)
@@ -94,7 +95,8 @@ def test_dense_state_is_the_way_back(made, family, name):
     torch.testing.assert_close(logits(candidate), logits(dense), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["granite", "stablelm", "olmo", "nemotron"])
+@pytest.mark.parametrize("family", [
+    "granite", "stablelm", "olmo", "olmo2", "nemotron", "gemma", "smollm3", "starcoder2", "cohere", "diffllama", "bitnet", "hunyuan", "seed-oss"])
 def test_unusual_architectures_are_exact_or_refused(made, family):
     "An architecture that resembles Llama is either refused with a reason or pruned exactly; never silently changed."
     if not find_units(small_model(family))[0]:
@@ -115,7 +117,7 @@ def generated(model, prompt, mask=None, use_cache=True) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", GENOMES)
-@pytest.mark.parametrize("family, attention", [("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("mistral", "sdpa")])
+@pytest.mark.parametrize("family, attention", [("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("mistral", "sdpa"), ("gemma3", "sdpa"), ("phi3", "eager")])
 def test_generation_with_cache_equals_without(made, family, attention, name):
     "The key/value cache changes nothing, also for uneven heads and removed attention; nor does being smaller."
     model, database = made(family, attention=attention)

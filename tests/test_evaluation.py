@@ -1,16 +1,23 @@
-"""Held-out numbers are what their names say."""
+"""Numbers are what their names say, whether the model is live or exported, and say how they were made."""
+import json
 import math
+import random
 
+import numpy
 import pytest
 import torch
 from helpers import random_blocks, small_model
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.data import TokenPool
-from evoprune_nb.evaluation import evaluate
+from evoprune_nb.commands import main
+from evoprune_nb.data import TokenPool, documents, load_pools
+from evoprune_nb.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
+from evoprune_nb.export import export_hf
+from evoprune_nb.latency import measure_latency
+from evoprune_nb.models import load_model
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "qwen3", "granite"])
 def test_nats_are_transformers_loss(family, tokenizer):
     "Cross-entropy per predicted token and its exponential are transformers' own; blocks have one predicted token less than they have tokens."
     model, blocks = small_model(family), random_blocks(5, 20)
@@ -51,3 +58,137 @@ def test_a_share_of_the_pool(tiny, tokenizer, pools, capsys):
     assert capsys.readouterr().err == ""
     evaluate(tiny, pool, tokenizer, 500, progress="evaluating dense")
     assert "evaluating dense: 100%" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def rows(corpus) -> list[dict]:
+    "Questions made of text: which of three endings belongs to a sentence."
+    rng, texts = random.Random(0), [" ".join(text.split()) for text in documents(corpus)]
+    beginnings = [text[:120].rsplit(" ", 4)[0] for text in texts if len(text) > 200][:24]
+    endings = [text[len(start) + 1 :][: rng.randint(8, 40)].rstrip() for text, start in zip((text for text in texts if len(text) > 200), beginnings)]
+    questions = []
+    for i, (start, end) in enumerate(zip(beginnings, endings)):
+        choices = [end, endings[i - 1], endings[i - 2]]
+        rng.shuffle(choices)
+        questions.append({"query": start, "choices": choices, "gold": choices.index(end)})
+    return questions
+
+
+@pytest.fixture(scope="module")
+def task(rows, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tasks")
+    (directory / "endings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_task(directory / "endings.jsonl", directory)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tokenizer, database, tmp_path_factory):
+    "A candidate with thin units, uneven heads and a missing sublayer of each kind, and its checkpoint directory."
+    candidate = materialize(tiny, database, database.space.genome([0, 1, 2, 3, 4, 5, 6, 6] + [0, 3, 10, 5, 7, 9, 1, 10]))
+    return candidate, export_hf(candidate, tokenizer, database.units, tmp_path_factory.mktemp("exported") / "pruned")
+
+
+def by_hand(model, tokenizer, rows, prompt=lambda query: query) -> dict[str, float]:
+    "Accuracies from plain log-probabilities: of each choice with the space before it, as is, and per character."
+    hits = {"acc": 0, "acc_norm": 0}
+    for row in rows:
+        start, scores = tokenizer(prompt(row["query"]), add_special_tokens=False)["input_ids"], []
+        for choice in row["choices"]:
+            tokens = torch.tensor([tokenizer(f"{prompt(row['query'])} {choice}", add_special_tokens=False)["input_ids"]])
+            with torch.no_grad():
+                log_p = model(tokens).logits[0, :-1].double().log_softmax(-1).gather(-1, tokens[0, 1:, None])
+            scores.append(log_p[len(start) - 1 :].sum().item())
+        per_character = [score / len(choice) for score, choice in zip(scores, row["choices"])]
+        hits["acc"] += scores.index(max(scores)) == row["gold"]
+        hits["acc_norm"] += per_character.index(max(per_character)) == row["gold"]
+    return {metric: count / len(rows) for metric, count in hits.items()}
+
+
+def test_zero_shot_by_hand(tiny, tokenizer, rows, task):
+    "The harness's accuracies are those of plain log-probabilities; the limit takes the first questions."
+    score = zero_shot(tiny, tokenizer, [task])["endings"]
+    assert score.metrics == pytest.approx(by_hand(tiny, tokenizer, rows)) and score.n == len(rows) == 24
+    assert 0 < score.metrics["acc"] < 1 and score.stderr["acc"] > 0
+    some = zero_shot(tiny, tokenizer, [task], limit=7)["endings"]
+    assert some.metrics == pytest.approx(by_hand(tiny, tokenizer, rows[:7])) and some.n == 7
+
+
+def test_prompt_template(tiny, tokenizer, rows, task, tmp_path):
+    "The template is what precedes a choice."
+    asked = write_task(task.parent / "endings.jsonl", tmp_path, "asked", prompt="Question: {{query}}\nAnswer:")
+    score = zero_shot(tiny, tokenizer, [asked], limit=10)["asked"]
+    assert score.metrics == pytest.approx(by_hand(tiny, tokenizer, rows[:10], lambda query: f"Question: {query}\nAnswer:"))
+
+
+def test_exported_directory_scores_as_the_live_model(tokenizer, task, exported, pools):
+    "Held-out numbers and the harness's scores of a reloaded checkpoint are exactly the live candidate's, and not the dense model's."
+    candidate, directory = exported
+    reloaded, own_tokenizer = load_model(directory, trust_remote_code=True)
+    assert zero_shot(candidate, tokenizer, [task]) == zero_shot(reloaded, own_tokenizer, [task])
+    assert evaluate(candidate, pools["heldout"], tokenizer) == evaluate(reloaded, pools["heldout"], own_tokenizer)
+
+
+def test_zero_shot_leaves_everything_as_it_was(tokenizer, task):
+    "Global random generators, the model's mode, the tokenizer."
+    model = load_model("tiny")[0].train()
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state(), tokenizer.pad_token_id
+    zero_shot(model, tokenizer, [task], limit=2)
+    after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state(), tokenizer.pad_token_id
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and before[3] == after[3] and model.training
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("no json", "line 2: no JSON"), ("[1]", "line 2: no JSON object"), ('{"query": "a", "gold": 0}', "line 2: lacks choices"),
+    ('{"query": "a", "choices": ["b"], "gold": 0}', "choices must be two texts or more; got \\['b'\\]"), ('{"query": "a", "choices": ["b", 3], "gold": 0}', "choices must be two texts"),
+    ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold must be the index of one of 2 choices; got 2"), ('{"query": "a", "choices": ["b", "c"], "gold": "0"}', "gold must be .* got '0'"),
+    ('{"query": 1, "choices": ["b", "c"], "gold": 0}', "query must be text; got 1"), ("", "line 2: no JSON")])
+def test_files_that_hold_no_questions(line, message, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        write_task(tmp_path / "bad.jsonl", tmp_path)
+    assert not (tmp_path / "bad.yaml").exists()
+
+
+def test_missing_files_and_tasks(tiny, tokenizer, tmp_path, task):
+    "All are refused before a model runs."
+    with pytest.raises(ValueError, match="no file of questions"):
+        write_task(tmp_path / "missing.jsonl", tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="has no questions"):
+        write_task(tmp_path / "empty.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="no task file"):
+        load_tasks([tmp_path / "missing.yaml"])
+    with pytest.raises(ValueError, match="no task to evaluate on"):
+        load_tasks([])
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        zero_shot(tiny, tokenizer, [task], limit=0)
+
+
+def test_report_is_json_with_origin(tiny, tokenizer, pools, task, tmp_path):
+    "All numbers, all conditions, the versions of what computed them; the table shows each measure."
+    latency = measure_latency(tiny, prompt_tokens=8, new_tokens=2, repeats=2)
+    report = evaluation_report(
+        tiny, "tiny", {"limit": 3}, heldout=evaluate(tiny, pools["heldout"], tokenizer), tasks=zero_shot(tiny, tokenizer, [task], limit=3), latency=latency, kv_bytes_per_token=4096)
+    row = json.loads(report.save(tmp_path / "a" / "evaluation.json").read_text())
+    assert row["heldout"]["nats"] == report.heldout.nats and row["tasks"]["endings"]["n"] == 3 and row["latency"]["decode_median"] == latency.decode.median
+    assert row["conditions"] == {"limit": 3} and {"torch", "transformers", "lm_eval"} <= set(row["provenance"]["packages"])
+    assert [line["measure"] for line in report.rows()] == [
+        "parameters", "held-out perplexity", "held-out bits per byte", "held-out tokens", "endings acc", "endings acc_norm", "prefill, median (quartiles)", "decode, median (quartiles)", "key/value cache"]
+
+
+def test_command(exported, corpus, task, tokenizer, capsys):
+    "`evoprune eval` on an exported directory: its numbers are those of the functions; code that comes along must be allowed; wrong tasks are refused."
+    candidate, directory = exported
+    command = ["eval", str(directory), "--text", str(corpus), "--seq-len", "64", "--tokens", "1024", "--tasks", str(task.parent / "endings.jsonl"), "--limit", "5", "--latency", "--repeats", "2",
+               "--prompt-tokens", "16", "--new-tokens", "2", "--device", "cpu"]
+    assert main(command) == 2 and "trust_remote_code" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 0
+    printed = capsys.readouterr().out
+    row = json.loads((directory / "evaluation.json").read_text())
+    pool = load_pools(corpus, tokenizer, 64, {"heldout": 1024})["heldout"]
+    assert row["heldout"]["perplexity"] == evaluate(candidate, pool, tokenizer).perplexity and row["dtype"] == "float32"
+    assert row["tasks"]["endings"]["metrics"] == zero_shot(candidate, tokenizer, [task], limit=5)["endings"].metrics
+    assert len(row["latency"]["decode"]["seconds"]) == 2 and row["conditions"]["text_blocks"] == pool.fingerprint()
+    assert f"{row['heldout']['perplexity']:,.3f}" in printed and "decode, median" in printed
+    assert main(["eval", "tiny", "--text", "none", "--tasks", "missing.yaml"]) == 2
+    assert "no task file 'missing.yaml'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from helpers import random_blocks, small_model
 from safetensors.torch import save_file
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.export import export_hf
+from evoprune_nb.export import Card, export_hf
 from evoprune_nb.models import load_model, model_fingerprint
 from evoprune_nb.pruning import build_database
 from evoprune_nb.training import Training, train
@@ -25,7 +25,7 @@ GENOMES = {  # name → levels of the three attention units and the three MLPs
     "whole units only": [TOP, 0, 0, 0, TOP, 0],
     "all attention gone": [TOP, TOP, TOP, 1, 2, 3],
 }
-FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "qwen2", "qwen2-tied", "qwen3", "mistral")
+FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-tied", "qwen2-mixed", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "glm4", "exaone4")
 CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone")]
 CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone", "trained")]
 CASES += [(family, name, "bfloat16") for family in ("llama-gqa", "qwen2-tied") for name in ("thin", "trained")]
@@ -109,7 +109,7 @@ def reports(made, tokenizer, tmp_path_factory):
     for family, name, dtype in CASES:
         candidate, database = made(family, name, dtype)
         case = root / f"{family}, {name}, {dtype}"
-        export_hf(candidate, tokenizer, database.units, case / "checkpoint")
+        export_hf(candidate, tokenizer, case / "checkpoint")
         save_file(behaviour(candidate), case / "expected.safetensors")
     home = tmp_path_factory.mktemp("elsewhere")
     environment = os.environ | {"HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -135,7 +135,7 @@ def test_export_changes_neither_candidate_nor_dense_model(made, tokenizer, tmp_p
     "Exporting is reading: weights, configuration and behaviour stay as they were, and exporting twice gives the same files."
     candidate, database = made("qwen2-tied", "a layer gone")
     before, config, expected = model_fingerprint(candidate), candidate.config.to_dict(), behaviour(candidate)
-    first, second = (export_hf(candidate, tokenizer, database.units, tmp_path / name / "checkpoint") for name in ("first", "second"))
+    first, second = (export_hf(candidate, tokenizer, tmp_path / name / "checkpoint") for name in ("first", "second"))
     assert model_fingerprint(candidate) == before and candidate.config.to_dict() == config
     assert all(torch.equal(a, expected[key]) for key, a in behaviour(candidate).items())
     assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
@@ -144,13 +144,13 @@ def test_export_changes_neither_candidate_nor_dense_model(made, tokenizer, tmp_p
 def test_what_is_written(made, tokenizer, tmp_path):
     "Weights as safetensors, nothing pickled, readable by others, and a card that says what was kept; relative paths and new parents are fine."
     candidate, database = made("llama-gqa", "a layer gone")
-    directory = export_hf(candidate, tokenizer, database.units, tmp_path / "new" / "parent" / "checkpoint", note="Base model: small.")
+    directory = export_hf(candidate, tokenizer, tmp_path / "new" / "parent" / "checkpoint", Card(note="Base model: small."))
     names = {path.name for path in directory.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_pruned.py", "README.md", "tokenizer.json"} <= names and not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     assert directory.stat().st_mode & 0o055 == 0o055
     card = (directory / "README.md").read_text()
     assert f"{sum(p.numel() for p in candidate.parameters()):,} parameters" in card and "Base model: small." in card
-    assert "Heads kept, by layer: 5 0 5" in card and "MLP channels kept, by layer: 40 0 40" in card
+    assert "| query heads by layer | 5 0 5 |" in card and "| MLP channels by layer | 40 0 40 |" in card
     source = (directory / "modeling_pruned.py").read_text()
     assert "evoprune_nb" not in source and "import nbdev" not in source
 
@@ -161,10 +161,10 @@ def test_a_used_directory_is_refused(made, tokenizer, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="used is not empty"):
-        export_hf(candidate, tokenizer, database.units, tmp_path / "used")
+        export_hf(candidate, tokenizer, tmp_path / "used")
     assert [path.name for path in tmp_path.rglob("*")] == ["used", "notes.txt"]
     (tmp_path / "empty").mkdir()
-    assert export_hf(candidate, tokenizer, database.units, tmp_path / "empty") == tmp_path / "empty"
+    assert export_hf(candidate, tokenizer, tmp_path / "empty") == tmp_path / "empty"
     assert (tmp_path / "empty" / "config.json").exists() and len(list(tmp_path.iterdir())) == 2
 
 
@@ -181,14 +181,14 @@ def test_a_failed_export_leaves_nothing(made, tokenizer, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fails)
     with pytest.raises(type(error)):
-        export_hf(candidate, tokenizer, database.units, tmp_path / "checkpoint")
+        export_hf(candidate, tokenizer, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint"] * existed
 
 
 def test_the_dense_class_does_not_load_it(made, tokenizer, tmp_path):
     "Naming the dense class for a thinner checkpoint is an error, not a dense model with some random weights."
     candidate, database = made("llama-gqa", "thin")
-    export_hf(candidate, tokenizer, database.units, tmp_path / "checkpoint")
+    export_hf(candidate, tokenizer, tmp_path / "checkpoint")
     with pytest.raises(RuntimeError, match="size"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint")
 
@@ -198,7 +198,7 @@ def test_load_model_reads_an_export(made, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.stdin", None)
     candidate, database = made("llama-gqa", "first attention gone")
-    export_hf(candidate, tokenizer, database.units, tmp_path / "checkpoint")
+    export_hf(candidate, tokenizer, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_model(str(tmp_path / "checkpoint"))
     model, _ = load_model(str(tmp_path / "checkpoint"), trust_remote_code=True)

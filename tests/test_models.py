@@ -96,14 +96,51 @@ def test_units_name_real_modules(tiny):
 
 @pytest.mark.parametrize("kind, options, reason", [
     ("GPT2Config", dict(n_layer=2), "GPT2LMHeadModel has no list of decoder layers named 'layers'"),
-    ("Phi3Config", SMALL, "no linear q_proj, k_proj, v_proj"),
-    ("Gemma2Config", SMALL | dict(head_dim=8), "exactly one normalisation before each sublayer"),
-    ("Olmo2Config", SMALL, "exactly one normalisation before each sublayer"),
+    ("PhiConfig", SMALL, "PhiAttention has no linear o_proj .nor qkv_proj."),
+    ("CohereConfig", SMALL, "exactly one normalisation before .or after, or both. each sublayer; it has input_layernorm"),
+    ("GraniteConfig", SMALL, "scales what a sublayer adds to the residual stream"),
+    ("Phi3Config", SMALL | dict(resid_pdrop=0.1), "drops out part of what a sublayer adds"),
+    ("GptOssConfig", SMALL | dict(head_dim=8, num_local_experts=2), "has parameters besides its projections and per-head normalisations: sinks"),
+    ("BitNetConfig", SMALL, "normalisation spans all heads|attn_sub_norm"),
 ])
 def test_other_architectures_are_refused_with_a_reason(kind, options, reason):
     "A model that is not Llama-shaped is refused, saying what stands in the way."
     with pytest.raises(ValueError, match=reason):
         prunable_units(on_meta(kind, **options))
+
+
+@pytest.mark.parametrize("kind, options, norms, shape", [
+    ("Gemma2Config", dict(head_dim=8), ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"), (6, 8, 2)),
+    ("Gemma3TextConfig", dict(head_dim=8), ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"), (6, 8, 2)),
+    ("Glm4Config", dict(head_dim=8), ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"), (6, 8, 2)),
+    ("Phi3Config", dict(resid_pdrop=0.0), ("input_layernorm", "post_attention_layernorm"), (6, 8, 2)),
+    ("Exaone4Config", {}, ("post_attention_layernorm", "post_feedforward_layernorm"), (6, 8, 2)),
+])
+def test_other_orders_and_fused_projections_are_found(kind, options, norms, shape):
+    "Post-normalisations belong to their unit, and heads are counted in fused projections, whatever the class is called."
+    units, refused = find_units(on_meta(kind, **SMALL | options))
+    assert not refused and len(units) == 6
+    assert tuple(path.split(".")[-1] for unit in (units[0], units[3]) for path in unit.norms) == norms
+    assert (units[0].n_structures, units[0].structure_size, units[0].n_kv_heads) == shape and units[3].n_structures == 80
+
+
+@pytest.mark.parametrize("kind, norm, reason", [
+    ("Olmo2Config", "post_feedforward_layernorm", "its query/key normalisation spans all heads, so heads are not independent"),
+    ("DiffLlamaConfig", "post_attention_layernorm", "has parameters besides its projections and per-head normalisations: lambda_k1"),
+])
+def test_dependent_heads_leave_the_mlp(kind, norm, reason):
+    "Where heads depend on one another, attention is refused for that reason; the MLPs are found."
+    units, refused = find_units(on_meta(kind, **SMALL))
+    assert [unit.name for unit in units] == ["mlp.00", "mlp.01", "mlp.02"] and units[0].norms == (f"model.layers.0.{norm}",)
+    assert len(refused) == 3 and all(reason in why for why in refused.values())
+
+
+def test_doubled_query_projection_is_refused():
+    "A query projection that also holds an output gate is not taken for twice as many heads."
+    model = on_meta("LlamaConfig", **SMALL)
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(48, 96, device="meta")
+    _, refused = find_units(model)
+    assert refused == {"model.layers.0.self_attn": "its projections hold 12 query, 2 key and 2 value heads of size 8, but o_proj reads 6; they must agree"}
 
 
 def test_partly_prunable_models_say_what_is_left_out():
