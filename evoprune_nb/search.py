@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'provenance', 'RunDiverged', 'EventLog', 'Search', 'check_search', 'History']
 
-# %% ../nbs/08_search.ipynb #a001dbe6
+# %% ../nbs/08_search.ipynb #3be560ca
 import json
 import math
 import os
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .budgets import plan_budget
+from .budgets import check_caps, check_limits, plan_budget
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome, Space, level_grid, make_space
@@ -35,15 +35,17 @@ from .pruning import LevelDatabase
 from .selection import FITNESS, Elimination, Evaluation, Evaluator, Stage, check_restart, check_stages, select
 from .training import Training, next_token_loss
 
-# %% ../nbs/08_search.ipynb #6271bedb
+# %% ../nbs/08_search.ipynb #b7e982c8
 DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048))
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     "Everything that determines a search, besides model, database and data."
-    sparsity: float | None = 0.5  # share of the structures to remove, or …
-    params: int | None = None  # … the largest number of parameters (then sparsity must be None)
+    sparsity: float | None = None  # share of the structures to remove (0.5 when nothing else limits the size), or …
+    params: int | None = None  # … the largest number of parameters, and/or …
+    limits: dict[str, float] | None = None  # … measure ("params", "flops", "kv_bytes", "latency") → largest share of the dense model's cost
+    caps: dict[str, int] | None = None  # limits on shapes: "max_width", "min_width", "max_heads", "min_heads" of any layer
     tolerance: float = 0.01  # how far below its budget a candidate may be
     generations: int = 20  # how many
     offspring: int = 8  # λ, candidates per generation
@@ -57,6 +59,10 @@ class SearchConfig:
     seed: int = 0  # of everything
 
     def __post_init__(self):
+        if self.sparsity is None and self.params is None and not self.limits:
+            object.__setattr__(self, "sparsity", 0.5)
+        check_limits(self.limits or {})
+        check_caps(self.caps or {})
         check_stages(self.stages, self.offspring)
         check_restart(self.restart, self.stages)
         if self.fitness not in FITNESS:
@@ -152,7 +158,7 @@ def _write_json(path: Path, value: dict) -> None:
     scratch.write_text(json.dumps(value, indent=1))
     os.replace(scratch, path)
 
-# %% ../nbs/08_search.ipynb #81ab8793
+# %% ../nbs/08_search.ipynb #023d0203
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -171,7 +177,7 @@ class Search:
         needed = ["tuning", "scoring"] + ["heldout"] * bool(config.heldout_tokens)
         if missing := [name for name in needed if name not in pools]:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
-        self.budget, self.start = plan_budget(self.space, config.sparsity, config.params, config.tolerance)
+        self.budget, self.start = plan_budget(self.space, config.sparsity, config.params, config.tolerance, config.limits, config.caps)
         self.parent, self.generation, self.finished = self.start, 0, False
         self._evaluate = Evaluator(model, database, pools, config.stages, config.training, config.fitness, config.seed, config.restart)
         self._offspring()  # raises if the mutation cannot keep the budget
@@ -183,6 +189,8 @@ class Search:
     def _open(self) -> None:
         "Create the run directory, or check that the one there belongs to this search."
         fingerprints = {"model": self.space.model, "space": self.space.fingerprint, "database": self.database.fingerprint, **{name: pool.fingerprint() for name, pool in sorted(self.pools.items()) if name != "calibration"}}
+        if self.config.limits:  # what they mean depends on the context, and on the latency table
+            fingerprints["costs"] = self.space.costs_fingerprint
         mine = json.loads(json.dumps({"config": asdict(self.config), "fingerprints": fingerprints}))
         path = self.run_dir / "config.json"
         if path.exists():
@@ -285,7 +293,7 @@ class Search:
                     bar.set_description(f"search: generation {happened.generation + 1}/{self.config.generations}, stage {happened.stage + 1}", refresh=False)
         return self.parent
 
-# %% ../nbs/08_search.ipynb #888dd424
+# %% ../nbs/08_search.ipynb #e4b3fddc
 def check_search(
     model: nn.Module,  # the dense model
     pools: dict[str, TokenPool],  # its text
@@ -296,9 +304,11 @@ def check_search(
     "Raise `ValueError` for a sparsity out of reach, too little text for a stage, a model that cannot be pruned or scored, or offspring that cannot be found."
     units = prunable_units(model)
     space = make_space(model, units, level_grid(units, heads, n_levels))
-    budget, start = plan_budget(space, config.sparsity, config.params, config.tolerance)
     Evaluator(model, None, pools, config.stages, config.training, config.fitness, config.seed)
-    make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_flips)
+    limits = {measure: share for measure, share in (config.limits or {}).items() if measure != "latency"}  # seconds are known once the database's units were timed
+    if limits or config.sparsity is not None or config.params is not None:
+        budget, start = plan_budget(space, config.sparsity, config.params, config.tolerance, limits, config.caps)
+        make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_flips)
 
 # %% ../nbs/08_search.ipynb #555221f5
 class History:
