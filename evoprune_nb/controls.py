@@ -6,8 +6,8 @@
 __all__ = ['button', 'row', 'labelled', 'level_color', 'GenomeEditor', 'budget_ranges', 'draft_html', 'StageTable',
            'SettingsForm']
 
-# %% ../nbs/12b_controls.ipynb #fa884fa6
-from collections.abc import Callable, Iterable
+# %% ../nbs/12b_controls.ipynb #d2e0c2bf
+from collections.abc import Callable, Collection, Iterable
 from html import escape
 
 import ipywidgets as widgets
@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from .budgets import Budget
+from .costs import MEASURES
 from .figures import swaps
 from .genome import Genome, Space
 from .mutation import OPERATORS
@@ -47,7 +48,7 @@ def labelled(label: str, field: widgets.Widget, width: str = "150px") -> widgets
     name = widgets.HTML(f'<span class="evo-quiet">{escape(label)}</span>', layout=widgets.Layout(margin="0"))
     return widgets.Box([name, field], layout=widgets.Layout(flex_flow="column", flex="0 0 auto", overflow="visible"))
 
-# %% ../nbs/12b_controls.ipynb #91b107db
+# %% ../nbs/12b_controls.ipynb #64abb1c1
 def level_color(
     share: float,  # kept, 0 to 1
 ) -> tuple[str, str]:
@@ -64,8 +65,9 @@ class GenomeEditor:
         parent: Genome,  # what the draft begins as, and is compared with
         budget: Budget,  # which the draft has to meet
         send: Callable[[dict], None],  # takes a command
+        fit: Callable[[Genome, Collection[int]], Genome],  # brings a draft into the budget, leaving some units alone
     ):
-        self.space, self.parent, self.budget, self.draft, self.send = space, parent, budget, parent, send
+        self.space, self.parent, self.budget, self.draft, self.send, self.fit = space, parent, budget, parent, send, fit
         self.frozen: frozenset[str] = frozenset()
         self.selected, self.enabled = 0, True
         self._make_cells()
@@ -98,7 +100,8 @@ class GenomeEditor:
         self._size = widgets.HTML(layout=widgets.Layout(margin="0"))
         self.inject = button("Inject", "Send the draft into the next generation, as one more offspring", lambda: self.send({"command": "inject", "genome": self.draft.code}), "arrow-right", "primary")
         self.reset = button("Discard draft", "Begin again from the parent", self.discard, "undo")
-        self._actions = row(self.inject, self.reset)
+        self.adjust = button("Fit to budget", "Bring the draft into the budget by the cheapest level changes, leaving frozen units and those you changed alone", self._adjust, "magic")
+        self._actions = row(self.inject, self.adjust, self.reset)
 
     def select(self, index: int) -> None:
         "Choose the unit to edit."
@@ -118,6 +121,13 @@ class GenomeEditor:
         "Make a genome the draft."
         self.draft = genome
         self.update()
+
+    def _adjust(self) -> None:
+        kept = [i for i, unit in enumerate(self.space.units) if unit.name in self.frozen or self.draft.levels[i] != self.parent.levels[i]]
+        try:
+            self.load(self.fit(self.draft, kept))
+        except ValueError as error:
+            self._size.value = f'<b style="color:#D55E00">No fit:</b> {escape(str(error))}'
 
     def discard(self) -> None:
         self.load(self.parent)
@@ -164,10 +174,11 @@ class GenomeEditor:
         self.freeze.disabled = not self.enabled
         fits = self.budget.contains(self.space, self.draft)
         self._size.value = draft_html(self.draft, self.parent, self.budget, self.space)
+        self.adjust.disabled = fits or not self.enabled
         self.inject.disabled = not (self.enabled and fits and self.draft != self.parent)
         self.reset.disabled = self.draft == self.parent
 
-# %% ../nbs/12b_controls.ipynb #0d99ed9f
+# %% ../nbs/12b_controls.ipynb #48dd4c9e
 def budget_ranges(
     genome: Genome,  # a draft
     budget: Budget,  # to be met
@@ -192,7 +203,7 @@ def draft_html(
             verdict = f'<b style="color:#D55E00">{least - cost:,.0f} too few</b>'
         else:
             verdict = '<b style="color:#009E73">fits</b>'
-        lines.append(f"{cost:,.0f} {'parameters' if measure == 'params' else escape(measure)} of {least:,.0f} to {most:,.0f}: {verdict}")
+        lines.append(f"{cost:,.0f} {MEASURES[measure]} of {least:,.0f} to {most:,.0f}: {verdict}")
     changed = "the same as the parent" if not n else "1 unit differs from the parent" if n == 1 else f"{n} units differ from the parent"
     return f"<b>Draft:</b> {changed}; " + "; ".join(lines)
 
@@ -234,16 +245,16 @@ class StageTable:
         self._body.children = [head, *lines]
         self.remove.disabled = len(stages) == 1
 
-# %% ../nbs/12b_controls.ipynb #4fa104fe
+# %% ../nbs/12b_controls.ipynb #f041b45a
 class SettingsForm:
     "Fields for every setting that can be changed while the search runs."
 
     def __init__(
         self,
         rules: Rules,  # in force
-        send: Callable[[dict], None],  # takes a command
+        send: Callable[[dict], bool],  # takes a command; whether it was accepted
     ):
-        self.send, self.rules, self._filling = send, rules, False
+        self.send, self.rules, self._filling, self._sent = send, rules, False, {}
         number = lambda tooltip, **limits: widgets.BoundedIntText(1, tooltip=tooltip, **limits)
         choice = lambda options, tooltip: widgets.Dropdown(options=list(options), tooltip=tooltip)
         self.fields = {
@@ -279,7 +290,7 @@ class SettingsForm:
 
     def fill(self, rules: Rules) -> None:
         "Show rules, whatever the fields held."
-        self.rules, self._filling = rules, True
+        self.rules, self._filling, self._sent = rules, True, {}
         values = self._values(rules)
         for name, field in self.fields.items():
             field.value = values[name]
@@ -295,13 +306,14 @@ class SettingsForm:
             self._touched()
         if rules != self.rules:
             edited, self.rules = self.changes(), rules
-            self.fill(rules) if not edited else self._touched()
+            self._sent = {name: value for name, value in self._sent.items() if value != self._values(rules)[name]}
+            self._touched() if edited or self._sent else self.fill(rules)
 
     def changes(self) -> list[dict]:
         "The commands that *Apply* would send, in an order in which each is valid."
         before, after, commands = self._values(self.rules), self._shown(), []
         for name in sorted(after, key=lambda name: name == "offspring" and after[name] < before[name]):  # fewer offspring only after the stages that fit them
-            if after[name] != before[name]:
+            if after[name] not in (before[name], self._sent.get(name)):
                 setting, value = after[name] if name == "target" else (name, after[name])
                 commands.append({"command": "set", "setting": setting, "value": [vars(stage) for stage in value] if name == "stages" else value, "when": self.when.value})
         return commands
@@ -311,8 +323,12 @@ class SettingsForm:
             n = len(self.changes())
             self.apply.description = "Apply" if n == 0 else f"Apply {n} change{'s' * (n > 1)}"
             self.apply.disabled = not (n and self.enabled)
-            self.undo.disabled = n == 0
+            self.undo.disabled = n == 0 and not self._sent
 
     def _apply(self) -> None:
+        shown = self._shown()
         for command in self.changes():
-            self.send(command)
+            name = "target" if command["setting"] in ("sparsity", "params") else command["setting"]
+            if self.send(command):
+                self._sent[name] = shown[name]
+        self._touched()

@@ -176,8 +176,8 @@ def candidate_options(
     fate = {True: "survived", False: "fell"}
     return [(f"{names.get(row.genome, row.genome)} · stage {row.stage + 1} {fate.get(row.survived, '')} · {row.fitness:.4g}", row.genome) for row in last.itertuples()]
 
-# %% ../nbs/12a_panel.ipynb #4b838463
-_MEASURES = {"params": ("parameters", 1, ""), "flops": ("FLOPs per token", 1, ""), "latency": ("estimated latency", 1e3, " ms"), "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB")}
+# %% ../nbs/12a_panel.ipynb #09c97cb0
+_MEASURES = {"params": ("parameters", 1, ""), "flops": ("FLOPs per token", 1, ""), "latency": ("estimated latency", 1e3, " ms"), "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB")}  # name, scale and unit for people
 
 
 def cost_rows(
@@ -187,7 +187,7 @@ def cost_rows(
     "(measure, candidate, dense model, share) for every measure that the space knows."
     dense, rows = space.genome([0] * len(space.units)), []
     for measure, (name, scale, unit) in _MEASURES.items():
-        if measure == "params" or measure in space.costs:
+        if measure in space.costs:
             mine, theirs = space.cost(genome, measure), space.cost(dense, measure)
             number = (lambda n: f"{n:,}") if measure == "params" else (lambda n: f"{short(n * scale)}{unit}")
             rows.append((name, number(mine), number(theirs), f"{mine / theirs:.0%}" if theirs else "–"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Background', 'continue_prompt', 'card', 'Workbench', 'database_progress', 'open_run', 'attach']
 
-# %% ../nbs/13_workbench.ipynb #bd72517a
+# %% ../nbs/13_workbench.ipynb #7c8f3fd0
 import json
 import os
 import queue
@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -24,6 +25,7 @@ import psutil
 import torch
 from IPython.display import display
 
+from .budgets import fit_budget
 from .candidates import materialize
 from .controls import GenomeEditor, SettingsForm, button, row
 from .data import load_pools
@@ -38,7 +40,21 @@ from .search import Search, check_search
 from .steering import SearchConfig, describe
 from .worker import Worker, worker_of
 
-# %% ../nbs/13_workbench.ipynb #1908d3be
+# %% ../nbs/13_workbench.ipynb #be8bcfe5
+@contextmanager
+def _quiet() -> Iterator[None]:
+    "No progress bars of transformers: in a thread, they would appear below whatever cell ran last."
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 @dataclass(frozen=True)
 class Source:
     "How model, level database and text of a run are made."
@@ -59,7 +75,8 @@ class Source:
     ) -> tuple[Search, object]:
         "The search and the tokenizer; builds the level database in `run_dir/database`, or continues an interrupted build."
         say("loading the model")
-        model, tokenizer = load_model(self.model_name, self.dtype, self.device)
+        with _quiet():
+            model, tokenizer = load_model(self.model_name, self.dtype, self.device)
         say("reading the text")
         pools = load_pools(self.text, tokenizer, self.seq_len, progress=False)
         check_search(model, pools, config, self.heads, self.n_levels)
@@ -132,7 +149,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #8b715015
+# %% ../nbs/13_workbench.ipynb #b6ffa79e
 _ACTIVE = ("running", "paused")
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
@@ -149,7 +166,7 @@ class Workbench:
     ):
         self.run_dir, self._make, self.why_not = Path(run_dir), make, why_not
         self.history: History | None = None
-        self._worker: Worker | None = None  # of this kernel, once there is one
+        self._worker: Worker | None = None  # kept here, for the registry alone would forget it
         self.preparing: str | None = None  # what is being done before a search can start
         self.error: str | None = None  # traceback of a failed preparation
         self.background = Background()
@@ -225,22 +242,23 @@ class Workbench:
         "Whether this kernel drives the run, be it paused."
         return self.worker is not None and self.worker.alive
 
-    def send(self, command: dict) -> None:
-        "Queue a command, and say so; a wrong one is refused at once."
+    def send(self, command: dict) -> bool:
+        "Queue a command, and say so; a wrong one is refused at once. Whether it was queued."
         worker = self.worker
         if worker is None:
             self._tell(f"nobody drives this run here, so nobody would take the command; press Start first ({escape(command['command'])} was not sent)")
-            return
+            return False
         try:
             before = len(self.history.commands) if self.history else 0
             command = worker.send(command)
         except ValueError as error:
             self._tell(f'<b style="color:#D55E00">refused:</b> {escape(str(error))}')
-            return
+            return False
         with self._lock:
             self._queued.append((command, before))
         self._tell(f"queued: {escape(describe(command))}" + ("" if worker.alive else "; it is applied when the search is started"))
         self._wake.set()
+        return True
 
     def _tell(self, html: str) -> None:
         self.say.value = f'<span role="status" aria-live="polite">{html}</span>'
@@ -286,18 +304,19 @@ class Workbench:
         "Find or make the worker of the run."
         self.error = None
         if self._worker is None:
-            if self.worker is None:
-                if self._make is None:
-                    raise RuntimeError(f"this run can only be watched: {self.why_not}")
-                try:
-                    search, tokenizer = self._make(self._preparing)
-                finally:
-                    self.preparing = None
-                _TOKENIZERS[search] = tokenizer
-                Worker(search)
-                self._tell("ready: press Start")
-            self._worker = self.worker  # the registry alone would not keep it
+            self._worker = self.worker or self._new_worker()
             self._urge()
+
+    def _new_worker(self) -> Worker:
+        if self._make is None:
+            raise RuntimeError(f"this run can only be watched: {self.why_not}")
+        try:
+            search, tokenizer = self._make(self._preparing)
+        finally:
+            self.preparing = None
+        _TOKENIZERS[search] = tokenizer
+        self._tell("ready: press Start")
+        return Worker(search)
 
     def _preparing(self, what: str) -> None:
         self.preparing = what
@@ -317,6 +336,12 @@ class Workbench:
         command = {"command": "branch", "generation": self.moment.value}
         self.send(command) if self.driving else self._drive(command)
         self.live.value = True
+
+    def _fit(self, draft: Genome, kept: Collection[int]) -> Genome:
+        "The draft, brought into the budget by the cheapest level changes of units that nobody touched."
+        if self.worker is None:
+            raise ValueError("the errors of the levels are known only where the level database is: press Start first")
+        return fit_budget(draft, self.history.space, self.editor.budget, self.worker.search.database.errors, kept)
 
     def _copy_to_draft(self) -> None:
         if self.editor is not None and (code := self._shown_candidate):
@@ -443,8 +468,7 @@ class Workbench:
         self._set(self.stop, disabled=not active)
         for step in (self.step, self.step_generation):
             self._set(step, disabled=not able or over)
-        for button_ in (self.add_note, self.back):
-            self._set(button_, disabled=not (able and self.worker))
+        self._set(self.add_note, disabled=not (able and self.worker))
 
     def _show_nothing(self) -> None:
         "There is no run yet: what is being prepared, and how far it is."
@@ -490,7 +514,7 @@ class Workbench:
         if self.live.value:
             self._set(self.moment, value=max(n, 1))
         self._moving = False
-        self._set(self.back, disabled=self.back.disabled or self.live.value or n == 0)
+        self._set(self.back, disabled=not self.can_drive or self.worker is None or self.live.value or n == 0)
 
     def _shown(self) -> tuple[History, int, int]:
         "The history to show, and the branch and generation that the stages card is about."
@@ -506,7 +530,7 @@ class Workbench:
         rules, space = self.history.rules, self.history.space
         parent, budget = self.history.winner, rules.target(space)[0]
         if self.editor is None:
-            self.editor, self.form = GenomeEditor(space, parent, budget, self.send), SettingsForm(rules, self.send)
+            self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send)
             self._editor_box.children, self._form_box.children = [self.editor.widget], [self.form.widget]
         self.editor.follow(parent, budget, rules.frozen, active)
         self.form.follow(rules, active)
@@ -558,7 +582,7 @@ def database_progress(
     manifest = json.loads(path.read_text())
     return len(manifest["built"]), len(manifest["units"])
 
-# %% ../nbs/13_workbench.ipynb #794e20fd
+# %% ../nbs/13_workbench.ipynb #b2d125af
 def open_run(
     run_dir: str | Path,  # new, or of an earlier start of the same search
     source: Source = Source(),  # how model, level database and text are made
@@ -580,4 +604,4 @@ def attach(
     recorded = history.settings.get("source")
     if not recorded:
         return Workbench(run_dir, None, "the run does not say how its model and text were made")
-    return Workbench(run_dir, lambda say: Source(**recorded).make(run_dir, history.config, say))
+    return Workbench(run_dir, lambda say: Source(**{name: recorded[name] for name in Source.__dataclass_fields__ if name in recorded}).make(run_dir, history.config, say))
