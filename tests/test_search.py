@@ -239,7 +239,7 @@ def test_unusable_directories_are_refused(small, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(sparsity=1.2), r"sparsity 1.2 is outside what the grid can reach: 0 to 1"), (dict(sparsity=-0.1), "0 to 1"),
-    (dict(sparsity=None, params=10), r"10 parameters are outside what the grid can reach: [\d,]+ to [\d,]+"), (dict(params=10), "either sparsity or params"),
+    (dict(sparsity=None, params=10), r"10 parameters are outside what the grid can reach: [\d,]+ to [\d,]+"), (dict(sparsity=0.5, params=10), "either sparsity or params"),
     (dict(sparsity=1.0), r"only 0 of 4 distinct offspring"), (dict(operator="crossover"), "'crossover' is unknown"), (dict(fitness="bleu"), "'bleu' is unknown"),
     (dict(stages=(Stage(1, 2048, 32),)), "asked for 2,048 tuning tokens, but there are 1,024"), (dict(heldout_tokens=2048), "asked for 2,048 heldout tokens")])
 def test_impossible_settings_are_noticed_before_any_work(small, tmp_path, changes, message):
