@@ -21,7 +21,9 @@ from evoprune_nb.data import load_pools
 from evoprune_nb.evaluation import evaluate
 from evoprune_nb.genome import Genome
 from evoprune_nb.pruning import build_database
-from evoprune_nb.search import EventLog, History, RunDiverged, Search, SearchConfig
+from evoprune_nb.history import History
+from evoprune_nb.runs import EventLog, RunDiverged
+from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
 
@@ -146,9 +148,9 @@ def test_killed_before_anything_was_written_whole(small, faked, tmp_path):
 
 
 def test_a_finished_run_is_not_searched_again(small, real):
-    "Reopened, a finished run gives its winner without an evaluation, and its files stay as they are (but for the time in state.json)."
+    "Reopened, a finished run gives its winner without an evaluation, and its files stay as they are (but for time and memory in state.json)."
     run_dir, winner = real
-    files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0} for path in run_dir.iterdir()}
+    files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0, "memory_bytes": 0} for path in run_dir.iterdir()}
     before = files()
     search = search_in(run_dir, small, short_config(heldout_tokens=64))
     search._evaluate = search._heldout_loss = unexpected
