@@ -21,8 +21,9 @@ help:  ## list these commands
 
 # The browser of the workbench's tests: the system's own, installed with the system's package manager where it is missing.
 .venv/.chromium: | .venv/.installed
-	@command -v chromium chromium-browser google-chrome >/dev/null || command -v apt-get >/dev/null || { echo "The browser tests need chromium: install it with your package manager, then run make test again." >&2; exit 1; }
-	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "installing chromium, for the tests of the workbench"; $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends chromium; }
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends chromium; } \
+	  || { echo "The browser tests need chromium, and apt-get could not install it: install it by hand, then run make test again." >&2; exit 1; }
 	touch $@
 
 install: .venv/.installed  ## make .venv and install the package into it
