@@ -6,7 +6,7 @@
 __all__ = ['ParameterError', 'notebook_parameters', 'check_parameters', 'file_hash', 'Report', 'text_table', 'write_html',
            'run_experiment']
 
-# %% ../nbs/14_experiments.ipynb #6248df7a
+# %% ../nbs/14_experiments.ipynb #4f347ecb
 import hashlib
 import json
 import re
@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from .figures import Figure, save_figure
-from .search import provenance
+from .runs import provenance
 
 # %% ../nbs/14_experiments.ipynb #029b9f66
 _TYPES = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}

@@ -6,7 +6,7 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'VERMILLION', 'SKY', 'GREY', 'Figure', 'fitness_figure', 'genome_figure', 'sparsity_figure',
            'stages_figure', 'comparison_figure', 'save_figure']
 
-# %% ../nbs/12_figures.ipynb #55021790
+# %% ../nbs/12_figures.ipynb #93cdf80d
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .genome import Genome, Space
-from .search import History
+from .history import History
 
 
 def _settle(figure: mpl_figure.Figure) -> None:

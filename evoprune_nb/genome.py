@@ -109,7 +109,7 @@ class Genome:
         "Level steps between two genomes (L1)."
         return sum(abs(a - b) for a, b in zip(self.levels, other.levels, strict=True))
 
-# %% ../nbs/02_genome.ipynb #b32dc4d9
+# %% ../nbs/02_genome.ipynb #504cf698
 def _tuples(value):
     "JSON lists, nested, as tuples."
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
@@ -135,6 +135,11 @@ class Space:
         "16 hex digits over units, grid, parameters and model: two spaces with the same fingerprint have the same genomes."
         identity = {"units": [asdict(unit) for unit in self.units], "removed": self.removed, "params": self.params, "fixed_params": self.fixed_params, "model": self.model}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def costs_fingerprint(self) -> str:
+        "16 hex digits over all costs: two spaces with this one in common too give a budget the same meaning."
+        return hashlib.sha256(json.dumps([self.costs, self.fixed], sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_dict(cls, row: dict) -> "Space":

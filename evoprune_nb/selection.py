@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESTARTS', 'PUBLISHED_STAGES', 'FITNESS', 'kl_divergence', 'perplexity', 'cross_entropy', 'Stage', 'check_stages',
-           'check_restart', 'Evaluation', 'Evaluator', 'Elimination', 'select']
+           'check_restart', 'check_text', 'Evaluation', 'Evaluator', 'Elimination', 'select']
 
 # %% ../nbs/07_selection.ipynb #6c719eef
 import math
@@ -64,7 +64,7 @@ def cross_entropy(
             sums.append(F.cross_entropy(z.float(), index, reduction="sum"))
     return torch.stack(sums).cpu().double().sum().item() / len(targets)
 
-# %% ../nbs/07_selection.ipynb #056252c5
+# %% ../nbs/07_selection.ipynb #30560d12
 @dataclass(frozen=True)
 class Stage:
     "One round of elimination."
@@ -100,7 +100,18 @@ def check_restart(
     if restart == "continue" and tokens != sorted(tokens):
         raise ValueError(f"restart='continue' needs tuning_tokens that never fall from stage to stage; got {tokens}")
 
-# %% ../nbs/07_selection.ipynb #cd6a2e49
+
+def check_text(
+    pools: dict[str, TokenPool],  # with "tuning" and "scoring"
+    stages: Sequence[Stage],  # in order
+) -> None:
+    "Raise `ValueError` when there is too little text for a stage."
+    for stage in stages:
+        pools["scoring"].require(stage.scoring_tokens)
+        if stage.tuning_tokens:
+            pools["tuning"].require(stage.tuning_tokens)
+
+# %% ../nbs/07_selection.ipynb #b8d35ac6
 @dataclass(frozen=True)
 class Evaluation:
     "What one candidate achieved in one stage."
@@ -151,10 +162,7 @@ class Evaluator:
         check_restart(restart, stages)
         if not head_is_linear(model):
             raise ValueError(f"{type(model).__name__} scales or caps its logits after the head; such models cannot be scored here yet")
-        for stage in stages:
-            pools["scoring"].require(stage.scoring_tokens)
-            if stage.tuning_tokens:
-                pools["tuning"].require(stage.tuning_tokens)
+        check_text(pools, stages)
         self.model, self.database, self.pools, self.stages = model, database, pools, tuple(stages)
         self.training, self.fitness, self.seed, self.restart, self.batch_size = training, fitness, seed, restart, batch_size
         self.reference: Genome | None = None  # untuned candidates start from this genome's hidden states; never changes a result

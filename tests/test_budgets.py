@@ -55,7 +55,7 @@ def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
     try:
         budget, start = plan_budget(space, params=params, tolerance=tolerance)
     except ValueError as error:
-        assert "the nearest has" in str(error)
+        assert "the nearest uniform genome has" in str(error)
     else:
         assert budget == Budget({"params": params}, tolerance) and params * (1 - tolerance) <= space.n_params(start) <= params
 

@@ -20,7 +20,7 @@ from evoprune_nb.evaluation import evaluate
 from evoprune_nb.commands import main
 from evoprune_nb.experiments import ParameterError, Report, check_parameters, file_hash, notebook_parameters, text_table
 from evoprune_nb.models import load_model
-from evoprune_nb.search import History
+from evoprune_nb.history import History
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "nbs" / "experiments").glob("*.ipynb"))
 DEMO = next(path for path in EXPERIMENTS if path.stem == "demo")

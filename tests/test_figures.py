@@ -8,7 +8,8 @@ from helpers import made_up, short_config, small_pools
 
 from evoprune_nb.figures import Figure, comparison_figure, fitness_figure, genome_figure, save_figure, sparsity_figure, stages_figure
 from evoprune_nb.genome import Genome
-from evoprune_nb.search import History, Search
+from evoprune_nb.history import History
+from evoprune_nb.search import Search
 
 ROWS = [{"name": "uniform", "before": [72.2, 75.0], "after": [50.3, 51.0]}, {"name": "evolved", "before": [64.1, 63.0], "after": [47.1, 48.0]}]
 STEPS = {"first candidate": 1, "open stage": 7, "second generation": 12, "finished": 1000}
@@ -175,7 +176,7 @@ def test_no_pyplot(histories, tmp_path):
     script = """
 import sys
 from evoprune_nb.figures import *
-from evoprune_nb.search import History
+from evoprune_nb.history import History
 history = History(sys.argv[1])
 for figure in (fitness_figure(history), stages_figure(history), genome_figure(history.winner, history.space), sparsity_figure(history.winner, history.space)):
     figure._repr_png_(), save_figure(figure, sys.argv[2] + "/figure")

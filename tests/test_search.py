@@ -21,7 +21,9 @@ from evoprune_nb.data import load_pools
 from evoprune_nb.evaluation import evaluate
 from evoprune_nb.genome import Genome
 from evoprune_nb.pruning import build_database
-from evoprune_nb.search import EventLog, History, RunDiverged, Search, SearchConfig
+from evoprune_nb.history import History
+from evoprune_nb.runs import EventLog, RunDiverged
+from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
 
@@ -146,9 +148,9 @@ def test_killed_before_anything_was_written_whole(small, faked, tmp_path):
 
 
 def test_a_finished_run_is_not_searched_again(small, real):
-    "Reopened, a finished run gives its winner without an evaluation, and its files stay as they are (but for the time in state.json)."
+    "Reopened, a finished run gives its winner without an evaluation, and its files stay as they are (but for time and memory in state.json)."
     run_dir, winner = real
-    files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0} for path in run_dir.iterdir()}
+    files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0, "memory_bytes": 0} for path in run_dir.iterdir()}
     before = files()
     search = search_in(run_dir, small, short_config(heldout_tokens=64))
     search._evaluate = search._heldout_loss = unexpected
@@ -237,7 +239,7 @@ def test_unusable_directories_are_refused(small, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(sparsity=1.2), r"sparsity 1.2 is outside what the grid can reach: 0 to 1"), (dict(sparsity=-0.1), "0 to 1"),
-    (dict(sparsity=None, params=10), r"10 parameters are outside what the grid can reach: [\d,]+ to [\d,]+"), (dict(params=10), "either sparsity or params"),
+    (dict(sparsity=None, params=10), r"10 parameters are outside what the grid can reach: [\d,]+ to [\d,]+"), (dict(sparsity=0.5, params=10), "either sparsity or params"),
     (dict(sparsity=1.0), r"only 0 of 4 distinct offspring"), (dict(operator="crossover"), "'crossover' is unknown"), (dict(fitness="bleu"), "'bleu' is unknown"),
     (dict(stages=(Stage(1, 2048, 32),)), "asked for 2,048 tuning tokens, but there are 1,024"), (dict(heldout_tokens=2048), "asked for 2,048 heldout tokens")])
 def test_impossible_settings_are_noticed_before_any_work(small, tmp_path, changes, message):
