@@ -226,7 +226,7 @@ def export_hf(
         write_card(scratch, model, card)
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #0559840f
+# %% ../nbs/10_export.ipynb #090a93a2
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -245,7 +245,7 @@ def load_exported(
     if kind.removeprefix(PREFIX) not in transformers.CONFIG_MAPPING:
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {kind.removeprefix(PREFIX)!r}")
     model = _pruned_class(kind).from_pretrained(directory, dtype=dtype)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def _pruned_class(kind: str) -> type[nn.Module]:
