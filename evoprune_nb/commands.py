@@ -156,7 +156,7 @@ def _eval(options: argparse.Namespace) -> None:
     path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
 
-# %% ../nbs/14a_commands.ipynb #015acee3
+# %% ../nbs/14a_commands.ipynb #362c9d9a
 def _add_post_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser("post-train", help="post-train a checkpoint, or the winner of a run, with transformers.Trainer")
     train.add_argument("source", metavar="SOURCE", help="exported directory, or run directory")
@@ -166,9 +166,9 @@ def _add_post_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--teacher", default="", help="dense model to distill from, with --distillation")
     for field in fields(PostTraining):
         name = "--tokens" if field.name == "n_tokens" else f"--{field.name.replace('_', '-')}"
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type={"int": int, "float": float}.get(field.type, field.type))
-        needed = field.default is MISSING
-        train.add_argument(name, dest=field.name, required=needed, **({} if needed else {"default": field.default}), **kind, help=_SETTINGS_HELP[field.name] + ("" if needed else " (default: %(default)s)"))
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        default = {"required": True} if field.default is MISSING else {"default": field.default}
+        train.add_argument(name, dest=field.name, **kind, **default, help=_SETTINGS_HELP[field.name] + ("" if field.default is MISSING else " (default: %(default)s)"))
     train.add_argument("--checkpoint-tokens", type=int, default=None, help="tokens between checkpoints (default: a twentieth of the budget)")
     train.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is an accelerator")
     train.add_argument("--report-to", default="none", help="Trainer's logging integration, e.g. tensorboard, wandb (default: %(default)s)")

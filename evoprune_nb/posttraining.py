@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PostTraining', 'TokenStream', 'objective', 'post_training_loss', 'last_checkpoint', 'post_train_checkpoint']
 
-# %% ../nbs/10b_posttraining.ipynb #c47e7baf
+# %% ../nbs/10b_posttraining.ipynb #9f921d42
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -297,7 +298,7 @@ def _write_result(source: Path, trained: Path, out: Path, record: dict) -> None:
         teacher = f", distilled from {record['teacher']} with weight {record['settings']['distillation']}" if record["teacher"] else ""
         (scratch / "README.md").write_text(f"{card.rstrip()}\n\n## Post-training\n\n{record['tokens']:,} tokens of {record['text']}{teacher}; settings and losses are in posttraining.json. Scores above, if any, are from before.\n")
 
-# %% ../nbs/10b_posttraining.ipynb #d5583564
+# %% ../nbs/10b_posttraining.ipynb #6d35d52f
 def post_train_checkpoint(
     source: str | Path,  # directory of an exported (or any other local) checkpoint
     out: str | Path,  # directory of the result; must not exist yet, or be empty
@@ -315,6 +316,8 @@ def post_train_checkpoint(
     source, out, work = Path(source), Path(out), Path(work or f"{str(out).rstrip('/')}.training")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; choose a new directory for the post-trained model")
+    if not find_spec("accelerate"):
+        raise RuntimeError("transformers.Trainer needs accelerate: pip install 'evoprune-nb[train]'")
     if bool(teacher) != bool(settings.distillation):
         raise ValueError(f"distillation needs both a teacher and a weight above 0; got teacher {teacher!r} and distillation {settings.distillation}")
     arguments = _arguments(work, settings, use_cpu, checkpoint_tokens, progress, options)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_blocks, small_model
+from helpers import random_blocks, short_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,6 +21,8 @@ from evoprune_nb.commands import main
 from evoprune_nb.data import documents, split_of
 from evoprune_nb.export import export_hf, load_exported
 from evoprune_nb.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
+from evoprune_nb.search import Search
+from evoprune_nb.selection import Stage
 from evoprune_nb.training import next_token_loss
 
 SHORT = PostTraining(n_tokens=12 * 2 * 32, seq_len=32, batch_size=2, lr=1e-3, shuffle_blocks=4, autocast=False)  # 12 steps
@@ -304,3 +306,22 @@ def test_wrong_use_is_refused_before_training(exported, corpus, short_corpus, to
     for wrong in ({"lr": 0.0}, {"batch_size": 0}, {"seq_len": 1}, {"distillation": 1.5}, {"warmup": 1.0}):
         with pytest.raises(ValueError, match="must be at least 1|need lr"):
             PostTraining(**dict(n_tokens=1000) | wrong)
+
+
+def test_command_on_the_winner_of_a_run(tiny, tokenizer, database, pools, corpus, tmp_path, capsys):
+    "`evoprune post-train` and `evoprune eval` take a run directory: its winner is exported, trained, evaluated; what the run does not say has to be said."
+    run = tmp_path / "run"
+    config = short_config(generations=1, offspring=2, stages=(Stage(1, 0, 64),))
+    source = {"model_name": "tiny", "dtype": "float32"}
+    winner = Search(run, tiny, database, {"tuning": pools["tuning"], "scoring": pools["heldout"]}, config, source=source).run(progress=False)
+    command = ["post-train", str(run), str(tmp_path / "trained"), "--tokens", "300", "--seq-len", "32", "--batch-size", "2", "--text", str(corpus), "--cpu", "--no-autocast"]
+    assert main(command) == 2 and "holds no level database" in capsys.readouterr().err
+    assert main([*command, "--database", str(database.directory)]) == 0
+    start = export_hf(materialize(tiny, database, winner), tokenizer, tmp_path / "winner")
+    expected = post_train(start, tmp_path / "expected", corpus, PostTraining(n_tokens=300, seq_len=32, batch_size=2, autocast=False))
+    assert same_weights(tmp_path / "trained", expected) and json.loads((expected / "posttraining.json").read_text())["tokens"] == 256
+    evaluate_it = ["--text", str(corpus), "--seq-len", "64", "--tokens", "512", "--device", "cpu"]
+    assert main(["eval", str(run), "--database", str(database.directory), *evaluate_it]) == main(["eval", str(start), *evaluate_it]) == 0
+    of_run, of_export = (json.loads((directory / "evaluation.json").read_text()) for directory in (run, start))
+    assert of_run["heldout"] == of_export["heldout"] and of_run["conditions"] == of_export["conditions"]
+    assert main(["post-train", str(start), str(tmp_path / "trained"), "--tokens", "300"]) == 2 and "choose a new directory" in capsys.readouterr().err
