@@ -168,7 +168,7 @@ class TokenPool:
         "16 hex digits over the blocks."
         return hashlib.sha256(f"{self.split} {tuple(self.blocks.shape)}".encode() + self.blocks.numpy().tobytes()).hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #8e8503ef
+# %% ../nbs/01_data.ipynb #a621c60d
 def load_pools(
     source: str | Path = "wikipedia-sample",  # as in `documents`
     tokenizer=None,  # the model's own tokenizer
@@ -177,6 +177,7 @@ def load_pools(
     column: str = "text",  # column of the text
     split_seed: int = 0,  # seed of the assignment of documents to splits
     at_most: int = 5_000_000,  # tokens of a split that names no number, so that an endless stream ends
+    progress: bool = True,  # show a bar
 ) -> dict[str, TokenPool]:
     "Token pools by split. Raises `ValueError` when a split has fewer tokens than asked for."
     wanted = dict.fromkeys(SPLITS) if tokens is None else dict(tokens)
@@ -185,7 +186,7 @@ def load_pools(
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     streams: dict[str, list[int]] = {split: [] for split in wanted}
     open_splits, n_documents = set(wanted), 0
-    for document in tqdm(documents(source, column), desc="tokenizing", unit=" documents", leave=False):
+    for document in tqdm(documents(source, column), desc="tokenizing", unit=" documents", leave=False, disable=not progress):
         n_documents += 1
         if (split := split_of(document, split_seed)) in open_splits:
             streams[split] += tokenizer(document, add_special_tokens=False)["input_ids"] + ([end] if end is not None else [])

@@ -1,0 +1,259 @@
+"""The workbench in a real JupyterLab, in a real browser: steered by mouse and keyboard, reloaded, restarted, replayed.
+
+The tests of this file are one story, told in order. Screenshots of the main states are kept in `tests/screenshots`."""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from evoprune_nb.history import History
+
+ROOT = Path(__file__).parent.parent
+SHOTS = Path(__file__).parent / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+WAIT = 90_000  # milliseconds, after which a wait fails
+KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext"
+
+SMALL = """
+source = Source(text={corpus!r}, seq_len=64, calibration_tokens=2048)
+config = SearchConfig(generations=4, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)), training=Training(lr=1e-3), heldout_tokens=512)
+run_dir = {run_dir!r}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, corpus) -> Path:
+    "A folder with the workbench notebook, made small: another cell after the settings changes them."
+    root = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.read(ROOT / "nbs" / "workbench.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.cells[0].source += SMALL.format(corpus=str(corpus), run_dir=str(root / "run"))
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, root / "workbench.ipynb")
+    quiet = root / ".settings" / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(place) -> str:
+    "The address of a JupyterLab of our own, as Galata sets one up: no token, the application exposed, nothing of the user's settings."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"JUPYTER_CONFIG_DIR": ".config", "JUPYTER_RUNTIME_DIR": ".runtime", "IPYTHONDIR": ".ipython", "JUPYTERLAB_SETTINGS_DIR": ".settings", "JUPYTERLAB_WORKSPACES_DIR": ".workspaces"}
+    environment = os.environ | {name: str(place / folder) for name, folder in own.items()} | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={place}",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(place / "server.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status")
+                break
+            except OSError:
+                assert process.poll() is None, (place / "server.log").read_text()[-2000:]
+                threading.Event().wait(0.25)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def page(server) -> Page:
+    "The notebook, open, with its kernel ready."
+    assert CHROMIUM, "no chromium found; `make test` installs it"
+    SHOTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 2350})
+        page.set_default_timeout(WAIT)
+        expect.set_options(timeout=WAIT)
+        page.goto(f"{server}/doc/tree/workbench.ipynb")
+        ready(page)
+        yield page
+        browser.close()
+
+
+def ready(page: Page) -> None:
+    "Wait for the notebook and its kernel."
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function(f"window.jupyterapp && {KERNEL}?.session?.kernel?.status === 'idle'")
+
+
+def run_cell(page: Page, index: int, prompt: int) -> None:
+    "Run one cell; a run right after the first sign of an idle kernel may be lost, so it is asked for until its number appears."
+    done = f"document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')[{index}]?.textContent.trim() === '[{prompt}]:'"
+    for _ in range(30):
+        page.evaluate(f"async () => {{ const panel = window.jupyterapp.shell.currentWidget; panel.content.activeCellIndex = {index}; await window.jupyterapp.commands.execute('notebook:run-cell'); }}")
+        try:
+            page.wait_for_function(done, timeout=3000)
+            return
+        except Exception:  # not run, or still running
+            if page.evaluate(done.replace(f"[{prompt}]:", "[*]:")):
+                page.wait_for_function(done)
+                return
+    raise AssertionError(f"cell {index} was not run")
+
+
+def press(page: Page, label: str) -> None:
+    page.locator(".evo button", has_text=re.compile(rf"^\s*{label}\s*$")).last.click()
+
+
+def say(page: Page, words: str) -> None:
+    expect(page.locator(".evo-say").last).to_contain_text(words)
+
+
+def badge(page: Page, status: str) -> None:
+    expect(page.locator(".evo-title .evo-badge").last).to_have_text(status)
+
+
+def shoot(page: Page, name: str) -> None:
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def theme(page: Page, name: str) -> None:
+    page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
+    page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'")
+
+
+def test_cells_return_at_once_and_the_panel_gets_ready(page):
+    "Both cells are done before the level database is; then the panel says that one can start."
+    run_cell(page, 0, 1)
+    run_cell(page, 1, 2)
+    expect(page.locator(".evo-title")).to_be_visible()
+    say(page, "press Start")
+    shoot(page, "ready")
+
+
+def test_start_pause_step(page, place):
+    "Start, pause, and one more evaluation."
+    press(page, "Start")
+    badge(page, "running")
+    expect(page.locator(".evo-figure[aria-label^=fitness] svg g#axes_1")).to_be_attached()
+    shoot(page, "running")
+    press(page, "Pause")
+    badge(page, "paused")
+    say(page, "applied: pause")
+    before = len(History(place / "run").evaluations)
+    press(page, "Step: evaluation")
+    say(page, "applied: step")
+    badge(page, "paused")
+    after = len(History(place / "run").evaluations)
+    assert after == before + 1
+
+
+def test_edit_a_cell_and_inject(page):
+    "By keyboard: a cell is focused and pressed, its level changed, the draft fitted to the budget and injected."
+    cell = page.locator(".evo .evo-cell").nth(10)
+    cell.focus()
+    page.keyboard.press("Enter")
+    expect(cell).to_have_class(re.compile("evo-selected"))
+    more = page.locator(".evo button", has_text="Keep more")
+    more.focus()
+    page.keyboard.press("Enter")
+    expect(cell).to_have_class(re.compile("evo-changed"))
+    page.keyboard.press("Space")
+    expect(page.locator(".evo", has_text="too many").last).to_be_visible()
+    press(page, "Fit to budget")
+    shoot(page, "draft")
+    press(page, "Inject")
+    say(page, "inject")
+
+
+def test_change_the_settings(page, place):
+    "λ from 5 to 7, from the next generation on; a note; then to the end of the second generation."
+    field = page.locator(".evo input[type=number]").first
+    field.fill("7")
+    field.press("Enter")
+    press(page, "Apply 1 change")
+    say(page, "offspring")
+    note = page.get_by_placeholder("a note, kept with the run")
+    note.fill("λ raised, one genome by hand")
+    note.press("Tab")
+    press(page, "Add note")
+    press(page, "Step: generation")
+    badge(page, "paused")
+    page.wait_for_function("document.querySelector('.evo').textContent.includes('one generation')")
+    press(page, "Step: generation")
+    expect(page.locator(".evo-stats").last).to_contain_text(re.compile("[23] of 4"))
+    badge(page, "paused")
+    generations = History(place / "run").generations
+    assert len(generations.injected[1]) == 1 and len(generations.offspring[1]) == 8
+
+
+def test_a_wrong_setting_is_refused_at_once(page):
+    field = page.locator(".evo input[type=number]").first
+    field.fill("2")
+    field.press("Enter")
+    press(page, "Apply 1 change")
+    say(page, "refused")
+    press(page, "Reset")
+
+
+def test_reload_keeps_everything(page):
+    "After a reload of the page the panel is there, says the same, and still steers."
+    stats = page.locator(".evo-stats").last.inner_text()
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.reload()
+    ready(page)
+    expect(page.locator(".evo-title .evo-badge").last).to_be_visible()
+    assert page.locator(".evo-stats").last.inner_text().splitlines()[0] == stats.splitlines()[0]
+    press(page, "Step: evaluation")
+    say(page, "applied: step")
+    badge(page, "paused")
+    shoot(page, "paused-light")
+    theme(page, "Dark")
+    shoot(page, "paused-dark")
+    page.set_viewport_size({"width": 640, "height": 5200})
+    shoot(page, "narrow-dark")
+    theme(page, "Light")
+    page.set_viewport_size({"width": 1400, "height": 2350})
+
+
+def test_restart_and_attach(page, place):
+    "After a kernel restart, `attach` needs only the directory; Start goes on with the run to its end; the slider looks back."
+    page.evaluate(f"{KERNEL}.session.kernel.restart()")
+    page.wait_for_function(f"{KERNEL}.session.kernel.status === 'idle'")
+    run_cell(page, 0, 1)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    run_cell(page, 2, 2)
+    expect(page.locator(".evo-title").last).to_contain_text("nobody drives it now")
+    shoot(page, "attached")
+    press(page, "Start")
+    badge(page, "finished")
+    expect(page.locator(".evo-title").last).to_contain_text("look around with the slider")
+    shoot(page, "finished")
+    slider = page.locator(".evo .jupyter-widget-slider .noUi-handle, .evo .slider-container .noUi-handle").first
+    slider.focus()
+    slider.press("Home")
+    expect(page.locator(".evo").last).to_contain_text("fell in stage" if False else "moment")
+    shoot(page, "moment")
+
+
+def test_replay_equals_the_steered_run(place):
+    "What was steered by hand ends, replayed without hands, with the same genomes."
+    from evoprune_nb.worker import replay
+    from evoprune_nb.workbench import Source
+
+    history = History(place / "run")
+    assert history.finished and {"pause", "inject", "set", "note", "step"} <= set(history.commands.name)
+    search, _ = Source(**history.source).make(place / "again", history.config, lambda _: None)
+    winner = replay(place / "run", place / "replayed", search.model, search.database, search.pools, progress=False)
+    again = History(place / "replayed")
+    assert winner == history.winner and again.survivors.genome.tolist() == history.survivors.genome.tolist()
+    assert again.evaluations.fitness.tolist() == history.evaluations.fitness.tolist()

@@ -1,0 +1,377 @@
+"""The panel without a browser: clicks queue commands, the view follows the run directory, and every state looks intended."""
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import ipywidgets as widgets
+import pytest
+from helpers import made_up, short_config, small_pools
+
+from evoprune_nb.history import History
+from evoprune_nb.runs import write_state
+from evoprune_nb.search import Search
+from evoprune_nb.selection import Stage
+from evoprune_nb.workbench import Workbench, attach
+
+WAIT = 60  # seconds, after which a test that waits for an event fails
+
+
+class Gate:
+    "An evaluator that waits for permission, and tells when it waits."
+
+    def __init__(self, open: bool = False):
+        self.waiting, self._allowed, self.opened = threading.Semaphore(0), threading.Semaphore(0), open
+
+    def __call__(self, genome, generation, stage):
+        if not self.opened:
+            self.waiting.release()
+            assert self._allowed.acquire(timeout=WAIT)
+        return made_up(genome, generation, stage)
+
+    def arrive(self) -> None:
+        "Wait until an evaluation is under way."
+        assert self.waiting.acquire(timeout=WAIT)
+
+    def let(self) -> None:
+        "Let it end."
+        self._allowed.release()
+
+    def open(self) -> None:
+        "Let all end, from now on."
+        self.opened = True
+        self._allowed.release(1000)
+
+
+def until(condition) -> None:
+    "Wait for something that another thread does."
+    never = threading.Event()
+    for _ in range(100 * WAIT):
+        if condition():
+            return
+        never.wait(0.01)
+    raise AssertionError("waited in vain")
+
+
+@pytest.fixture
+def bench(small, tmp_path):
+    "Makes panels over one run directory; all workers have ended afterwards."
+    made, gates = [], []
+
+    def make(evaluator=None, run_dir=tmp_path / "run", **changes) -> Workbench:
+        evaluator = evaluator or Gate(open=True)
+        gates.append(evaluator)
+        panel = Workbench(run_dir, lambda say: (Search(run_dir, *small, small_pools(), short_config(**changes), evaluator=evaluator), None), refresh_seconds=None)
+        made.append(panel)
+        return panel
+
+    yield make
+    for gate in gates:
+        if isinstance(gate, Gate):
+            gate.open()
+    for panel in made:
+        panel.background.join()
+        if panel.driving:
+            panel.worker.send({"command": "stop"})
+            assert panel.worker.join(WAIT)
+
+
+def prepared(panel: Workbench) -> Workbench:
+    panel.prepare()
+    panel.background.join()
+    panel.refresh()
+    return panel
+
+
+def started(panel: Workbench) -> Workbench:
+    panel.start.click()
+    panel.background.join()
+    panel.refresh()
+    return panel
+
+
+def finished(panel: Workbench) -> Workbench:
+    started(panel)
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    return panel
+
+
+def text(widget: widgets.HTML) -> str:
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<svg.*?</svg>", "", widget.value, flags=re.DOTALL))
+
+
+def tree(widget) -> list:
+    "A widget and everything in it."
+    return [widget] + [part for child in getattr(widget, "children", ()) for part in tree(child)]
+
+
+def test_nothing_there_yet(bench):
+    "An empty directory: one can start, and nothing else; the cards say that there is nothing to show."
+    panel = bench()
+    assert panel.status == "empty" and "Start goes on" in text(panel.head)
+    assert not panel.start.disabled and panel.pause.disabled and panel.stop.disabled and panel.add_note.disabled
+    assert all("Nothing to show yet" in text(panel.views[name]) for name in ("fitness", "genome", "stages", "lineage"))
+
+
+def test_prepared(bench):
+    "Once prepared: settings and genome can be seen and changed, and no evaluation was made."
+    panel = prepared(bench())
+    assert panel.status == "stopped" or panel.status == "ready"
+    assert panel.history.evaluations.empty and panel.editor and panel.form.fields["offspring"].value == 4
+    assert "press Start" in text(panel.say)
+
+
+def test_a_click_is_answered_before_the_evaluation_ends(bench):
+    "While an evaluation is under way, Pause is acknowledged at once, and applied when it ends."
+    gate = Gate()
+    panel = started(bench(gate))
+    gate.arrive()
+    panel.refresh()
+    assert panel.status == "running" and not panel.pause.disabled and "driven by this kernel" in text(panel.head)
+    panel.pause.click()
+    assert "queued: pause" in text(panel.say) and panel.status == "running"
+    gate.let()
+    until(lambda: panel.state["status"] == "paused")
+    panel.refresh()
+    assert "applied: pause" in text(panel.say) and panel.start.description == "Resume" and not panel.start.disabled and panel.pause.disabled
+    assert len(panel.history.evaluations) == 1
+
+
+def test_steps(bench):
+    "One evaluation, then one whole generation, then resume to the end."
+    panel = prepared(bench())
+    panel.step.click()
+    panel.background.join()
+    until(lambda: panel.state.get("status") == "paused")
+    panel.refresh()
+    assert len(panel.history.evaluations) == 1
+    panel.step_generation.click()
+    until(lambda: panel.history.refresh() and len(panel.history.line) == 1 and panel.state["status"] == "paused")
+    panel.start.click()
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert panel.status == "finished" and panel.start.disabled and "step: one generation" in text(panel.views["log"])
+
+
+def test_settings(bench):
+    "Changed fields become one command each; the form follows the rules; an impossible setting is refused and nothing is queued."
+    gate = Gate()
+    panel = started(bench(gate))
+    gate.arrive()
+    form = panel.form
+    assert form.apply.disabled
+    form.fields["offspring"].value = 6
+    form.fields["lr"].value = 0.002
+    assert form.apply.description == "Apply 2 changes" and not form.apply.disabled
+    form.apply.click()
+    form.fields["offspring"].value = 1
+    form.apply.click()
+    assert "refused" in text(panel.say) and "narrow" in text(panel.say)
+    gate.open()
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert (panel.history.rules.offspring, panel.history.rules.lr) == (6, 0.002)
+    assert panel.history.commands.name.tolist() == ["set", "set"]
+    form.undo.click()
+    assert form.fields["offspring"].value == 6 and form.apply.disabled
+
+
+def test_fewer_offspring_come_after_their_stages(bench):
+    "Stages and a smaller λ changed together are sent in the order in which each is valid."
+    panel = prepared(bench())
+    panel.form.fields["offspring"].value = 1
+    panel.form.stages.value = (Stage(1, 0, 32),)
+    panel.form._touched()
+    assert [command["setting"] for command in panel.form.changes()] == ["stages", "offspring"]
+    panel.form.apply.click()
+    assert "refused" not in text(panel.say)
+    finished(panel)
+    assert panel.history.rules.offspring == 1 and len(panel.history.rules.stages) == 1
+
+
+def test_a_draft_is_edited_and_injected(bench):
+    "Cells select; levels go into the draft with its size shown; only a draft within the budget can be injected; it joins the next generation."
+    gate = Gate()
+    panel = started(bench(gate))
+    gate.arrive()
+    panel.refresh()
+    editor, space = panel.editor, panel.history.space
+    assert editor.inject.disabled and "same as the parent" in text(editor._size)
+    editor.cells[3].click()
+    assert editor.selected == 3 and space.units[3].name in text(editor._what) and "evo-selected" in editor.cells[3]._dom_classes
+    editor.set_level(0)
+    assert "evo-changed" in editor.cells[3]._dom_classes and "too many" in text(editor._size) and editor.inject.disabled
+    assert editor.cells[3].description == f"▲{space.kept(3, 0)}"
+    editor.adjust.click()
+    assert "fits" in text(editor._size) and editor.draft.levels[3] == 0 and not editor.inject.disabled
+    code = editor.draft.code
+    editor.inject.click()
+    assert "queued: inject" in text(panel.say)
+    gate.open()
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert panel.history.generations.injected.tolist()[1] == [code]
+    editor.reset.click()
+    assert editor.draft == editor.parent
+
+
+def test_freeze_and_thaw(bench):
+    "The selected unit is frozen and thawed by commands; the cell shows it once the run knows it."
+    panel = prepared(bench())
+    panel.editor.select(2)
+    name = panel.history.space.units[2].name
+    panel.editor.freeze.click()
+    panel.step.click()
+    panel.background.join()
+    until(lambda: panel.history.refresh() and panel.history.rules.frozen == (name,))
+    panel.refresh()
+    assert "evo-frozen" in panel.editor.cells[2]._dom_classes and panel.editor.freeze.description == "Thaw" and "frozen" in panel.editor.cells[2].tooltip
+    panel.editor.freeze.click()
+    finished(panel)
+    assert panel.history.rules.frozen == () and "evo-frozen" not in panel.editor.cells[2]._dom_classes
+
+
+def test_two_panels_agree(bench):
+    "Two panels on one run share its worker; either steers, both show the same."
+    gate = Gate()
+    first = started(bench(gate))
+    gate.arrive()
+    second = bench(gate)
+    assert second.driving and second.worker is first.worker
+    second.pause.click()
+    gate.let()
+    until(lambda: first.state["status"] == "paused")
+    first.refresh(), second.refresh()
+    assert first.start.description == second.start.description == "Resume"
+    first.note.value = "from the first"
+    first.add_note.click()
+    second.start.click()
+    gate.open()
+    assert first.worker.join(WAIT)
+    for panel in (first, second):
+        panel._urgent = True
+        panel.refresh()
+    for part in ("head", "stats"):
+        assert getattr(first, part).value == getattr(second, part).value
+    assert first.views["log"].value == second.views["log"].value and "from the first" in text(first.views["log"])
+
+
+def test_the_slider_moves_every_card(bench):
+    "At an earlier moment all cards show the run as it was; Live goes back to the present."
+    panel = finished(bench())
+    present = {name: view.value for name, view in panel.views.items()}
+    assert panel.moment.max == 3 and panel.live.value
+    panel.moment.value = 1
+    panel.refresh()
+    assert not panel.live.value and "generation 1" in str(panel.views["stages"].value) or panel.views["stages"].value != present["stages"]
+    assert all(panel.views[name].value != present[name] for name in ("fitness", "stages", "lineage", "tokens", "budget"))
+    panel.live.value = True
+    panel._urgent = True
+    panel.refresh()
+    assert panel.moment.value == 3 and panel.views["budget"].value == present["budget"]
+
+
+def test_branch_from_a_moment(bench):
+    "A finished run is taken up again from an earlier moment, on a new branch."
+    panel = finished(bench())
+    panel.moment.value = 1
+    panel.refresh()
+    assert not panel.back.disabled
+    panel.back.click()
+    panel.background.join()
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert panel.history.line == [(0, 0), (1, 1), (1, 2)] and "branch 1" in text(panel.stats)
+
+
+def test_an_error_is_shown_folded_and_escaped(bench):
+    "A failing evaluation: one line in sight, the traceback folded, nothing of it taken for HTML; Start tries again."
+    def broken(genome, generation, stage):
+        raise RuntimeError("no <b>memory</b> left")
+
+    panel = started(bench(broken))
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert panel.status == "failed" and "<details>" in panel.failure.value and "no &lt;b&gt;memory&lt;/b&gt; left" in panel.failure.value
+    assert not panel.start.disabled
+
+
+def test_a_failed_preparation_is_shown(tmp_path):
+    "An error before there is a run: shown in the same way."
+    def make(say):
+        say("loading the model")
+        raise ValueError("no model 'nowhere'")
+
+    panel = Workbench(tmp_path / "run", make, refresh_seconds=None)
+    panel.prepare()
+    panel.background.join()
+    panel.refresh()
+    assert panel.status == "failed" and "no model" in text(panel.failure)
+
+
+def test_attach_to_a_finished_run(bench):
+    "A run that says nothing of its source is view only: no control can be used, the slider can."
+    finished(bench())
+    bench_dir = bench().run_dir
+    script = f"""
+import sys
+from evoprune_nb.workbench import attach
+panel = attach({str(bench_dir)!r})
+panel.close()
+panel.refresh()
+assert panel.status == "finished" and "view only" in panel.head.value, panel.head.value
+assert panel.start.disabled and panel.step.disabled and panel.back.disabled and panel.form.apply.disabled and panel.editor.freeze.disabled
+assert not panel.moment.disabled and panel.moment.max == 3
+sys.exit("pyplot" if "matplotlib.pyplot" in sys.modules else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_attach_needs_a_run(tmp_path):
+    with pytest.raises(ValueError, match="is no run directory"):
+        attach(tmp_path)
+
+
+def test_driven_elsewhere(bench):
+    "While another process drives the run, the panel only looks, and says who drives."
+    panel = bench()
+    prepared(panel)
+    write_state(panel.run_dir, "running", generation=0, stage=0, candidate=None, parent=panel.history.start.code, branch=0, error=None)
+    state = json.loads((panel.run_dir / "state.json").read_text())
+    (panel.run_dir / "state.json").write_text(json.dumps(state | {"pid": os.getppid()}))
+    panel.refresh()
+    assert f"view only: driven by process {os.getppid()}" in text(panel.head)
+    assert panel.start.disabled and panel.step.disabled and panel.form.apply.disabled and panel.editor.inject.disabled
+
+
+def test_what_stays_the_same_sends_nothing(bench):
+    "A refresh without news changes no trait of any widget."
+    panel = finished(bench())
+    panel._urgent = True
+    panel.refresh()
+    changed = []
+    for widget in tree(panel.widget):
+        widget.observe(lambda change: changed.append((type(change["owner"]).__name__, change["name"])))
+    panel._urgent = True
+    panel.refresh()
+    assert changed == []
+
+
+def test_every_control_explains_itself(bench):
+    "All controls have tooltips, and nothing is an Output widget."
+    panel = prepared(bench())
+    kinds = (widgets.Button, widgets.ToggleButton, widgets.Dropdown, widgets.Text, widgets.IntSlider, widgets.FloatText, widgets.BoundedIntText)
+    controls = [widget for widget in tree(panel.widget) if isinstance(widget, kinds)]
+    assert len(controls) > 30 and [control for control in controls if not control.tooltip] == []
+    assert not [widget for widget in tree(panel.widget) if isinstance(widget, widgets.Output)]
+
+
+def test_the_run_is_that_of_a_search_without_a_panel(bench, small, tmp_path):
+    "A run driven by the panel, untouched, ends with the genome of `Search.run`."
+    panel = finished(bench())
+    alone = Search(tmp_path / "alone", *small, small_pools(), short_config(), evaluator=made_up)
+    assert alone.run(progress=False) == History(panel.run_dir).winner
