@@ -88,36 +88,38 @@ class Budget:
         limits = " and ".join(f"{limit:,.6g} {MEASURES[measure]}" if isinstance(limit, float) else f"{limit:,} {MEASURES[measure]}" for measure, limit in self.limits.items())
         return f"{limits} less {self.tolerance:.2%}" + "".join(f", {name} {n}" for name, n in self.caps.items())
 
-# %% ../nbs/02a_budgets.ipynb #aaf74826
-def _reachable(space: Space, caps: dict[str, int], kind: str) -> tuple[float, float]:
-    "Smallest and largest share of structures that every unit of a kind can give up."
-    shares = [[space.removed[i][level] / unit.n_structures for level in levels_within(space, i, caps)] for i, unit in enumerate(space.units) if unit.kind == kind]
+# %% ../nbs/02a_budgets.ipynb #a57acb5b
+def _reachable(space: Space, allowed: Sequence[Sequence[int]], kind: str) -> tuple[float, float]:
+    "Smallest and largest share of structures that every unit of a kind can give up at the levels allowed."
+    shares = [[removed[level] / unit.n_structures for level in levels] for unit, removed, levels in zip(space.units, space.removed, allowed) if unit.kind == kind]
     return max((min(levels) for levels in shares), default=0.0), min((max(levels) for levels in shares), default=1.0)
+
+
+def _even(space: Space, allowed: Sequence[Sequence[int]], shares: dict[str, float]) -> Genome:
+    "The most even genome that removes a share of the structures of each kind, from the levels allowed."
+    chosen, carried = [], {"attn": 0.0, "mlp": 0.0}
+    for unit, removed, levels in zip(space.units, space.removed, allowed):
+        wanted = shares[unit.kind] * unit.n_structures + carried[unit.kind]
+        level = min(levels, key=lambda level: abs(removed[level] - wanted))
+        carried[unit.kind] = wanted - removed[level]
+        chosen.append(level)
+    return space.genome(chosen)
 
 
 def uniform_genome(
     space: Space,  # which units and levels there are
-    sparsity: float | dict[str, float],  # share of the structures to remove, 0 to 1; or one for each kind of unit
+    sparsity: float,  # share of the structures to remove, 0 to 1
     caps: dict[str, int] | None = None,  # limits on shapes, see CAPS
 ) -> Genome:
     "The most even genome that removes this share of heads and of channels. Raises `ValueError` outside the grid's range."
-    caps = caps or {}
-    wanted = dict(sparsity) if isinstance(sparsity, dict) else {"attn": sparsity, "mlp": sparsity}
-    ranges = {kind: _reachable(space, caps, kind) for kind in wanted}
-    low, high = max(a for a, _ in ranges.values()), min(b for _, b in ranges.values())
-    for kind, share in wanted.items():
-        least, most = ranges[kind] if isinstance(sparsity, dict) else (low, high)
-        if not least <= share <= most:
-            raise ValueError(f"sparsity {share} is outside what the grid{' and the caps' * bool(caps)} can reach: {least:.4g} to {most:.4g}")
-    levels, carried = [], {"attn": 0.0, "mlp": 0.0}
-    for i, (unit, removed) in enumerate(zip(space.units, space.removed)):
-        exact = wanted[unit.kind] * unit.n_structures + carried[unit.kind]
-        level = min(levels_within(space, i, caps), key=lambda level: abs(removed[level] - exact))
-        carried[unit.kind] = exact - removed[level]
-        levels.append(level)
-    return space.genome(levels)
+    allowed = [levels_within(space, unit, caps or {}) for unit in range(len(space.units))]
+    lows, highs = zip(*(_reachable(space, allowed, kind) for kind in ("attn", "mlp")))
+    least, most = max(lows), min(highs)
+    if not least <= sparsity <= most:
+        raise ValueError(f"sparsity {sparsity} is outside what the grid{' and the caps' * bool(caps)} can reach: {least:.4g} to {most:.4g}")
+    return _even(space, allowed, {"attn": sparsity, "mlp": sparsity})
 
-# %% ../nbs/02a_budgets.ipynb #490a7c08
+# %% ../nbs/02a_budgets.ipynb #602234db
 class _Fit:
     "A genome on its way to a budget: levels, costs, and the steps that are possible."
 
@@ -126,7 +128,7 @@ class _Fit:
         self.allowed = [budget.levels(space, unit) for unit in range(len(space.units))]
         nearest = lambda unit, level: level if unit in frozen else min(self.allowed[unit], key=lambda other: abs(other - level))
         self.levels = [nearest(unit, level) for unit, level in enumerate(genome.levels)]
-        self.costs = budget.costs(space, genome.with_levels(self.levels))
+        self.start, self.costs = list(self.levels), budget.costs(space, genome.with_levels(self.levels))
 
     def after(self, *steps: tuple[int, int]) -> dict[str, float]:
         "Costs after moving units to levels."
@@ -159,7 +161,7 @@ class _Fit:
         for unit, level in steps:
             self.levels[unit] = level
 
-# %% ../nbs/02a_budgets.ipynb #852e2df5
+# %% ../nbs/02a_budgets.ipynb #ff4997d6
 def _save(fit: _Fit) -> None:
     "Raise levels until no limit is exceeded: always the least added error per unit of excess saved."
     while not fit.budget.fits(fit.costs):
@@ -171,9 +173,10 @@ def _save(fit: _Fit) -> None:
 
 
 def _spend(fit: _Fit) -> None:
-    "Lower levels until a limit is used up to the tolerance: always the most error removed per unit of cost that still fits."
-    while not fit.budget.spends(fit.costs):
-        added = {step: fit.use(after) - fit.use(fit.costs) for step in fit.steps(-1) if fit.budget.fits(after := fit.after(step))}
+    "Lower levels while a limit is not used up to the tolerance, or a raise turns out not to be needed: always the most error removed per unit of cost that still fits."
+    while True:
+        lower = [step for step in fit.steps(-1) if not fit.budget.spends(fit.costs) or fit.levels[step[0]] > fit.start[step[0]]]
+        added = {step: fit.use(after) - fit.use(fit.costs) for step in lower if fit.budget.fits(after := fit.after(step))}
         added = {step: share for step, share in added.items() if share > 0}
         if not added:
             return
@@ -245,34 +248,33 @@ def _kinds(space: Space, measure: str) -> set[str]:
     "Kinds of units that a measure counts."
     return {unit.kind for unit, costs in zip(space.units, space.costs[measure]) if len(set(costs)) > 1}
 
-# %% ../nbs/02a_budgets.ipynb #d0701f2c
+# %% ../nbs/02a_budgets.ipynb #536960ea
 _STEPS = 2000  # shares that are tried, from none to all
 
 
-def _uniform_line(space: Space, caps: dict[str, int], floors: dict[str, float]) -> list[Genome]:
-    "Distinct uniform genomes, from least to most pruned."
-    ranges = {kind: _reachable(space, caps, kind) for kind in floors}
-    most = min(high for _, high in ranges.values())
-    line = {}
-    for step in range(_STEPS + 1):
-        share = most * step / _STEPS
-        line[uniform_genome(space, {kind: max(floors[kind], min(max(share, low), high)) for kind, (low, high) in ranges.items()}, caps)] = None
-    return list(line)
-
-
-def _floors(space: Space, limits: dict[str, float], caps: dict[str, int]) -> dict[str, float]:
+def _floors(space: Space, limits: dict[str, float], allowed: Sequence[Sequence[int]]) -> dict[str, float]:
     "Per kind: the least share to remove so that the limits which count this kind alone are met."
-    floors = {kind: _reachable(space, caps, kind)[0] for kind in ("attn", "mlp")}
+    floors = {kind: _reachable(space, allowed, kind)[0] for kind in ("attn", "mlp")}
     for measure, limit in limits.items():
         if len(kinds := _kinds(space, measure)) == 1:
             kind, = kinds
-            low, high = _reachable(space, caps, kind)
+            low, high = _reachable(space, allowed, kind)
             shares = (low + (high - low) * step / _STEPS for step in range(_STEPS + 1))
-            met = (share for share in shares if space.cost(uniform_genome(space, floors | {kind: share}, caps), measure) <= limit)
+            met = (share for share in shares if space.cost(_even(space, allowed, floors | {kind: share}), measure) <= limit)
             floors[kind] = max(floors[kind], next(met, high))
     return floors
 
-# %% ../nbs/02a_budgets.ipynb #fb640fa2
+
+def _uniform_line(space: Space, allowed: Sequence[Sequence[int]], floors: dict[str, float]) -> list[Genome]:
+    "Distinct uniform genomes, from least to most pruned."
+    ranges = {kind: _reachable(space, allowed, kind) for kind in floors}
+    most, line = min(high for _, high in ranges.values()), {}
+    for step in range(_STEPS + 1):
+        shares = {kind: max(floors[kind], min(max(most * step / _STEPS, low), high)) for kind, (low, high) in ranges.items()}
+        line[_even(space, allowed, shares)] = None
+    return list(line)
+
+# %% ../nbs/02a_budgets.ipynb #7f3288fb
 def plan_budget(
     space: Space,  # which genomes there are
     sparsity: float | None = None,  # share of the structures to remove everywhere, or …
@@ -306,8 +308,9 @@ def plan_budget(
 
 def _start(space: Space, budget: Budget) -> Genome:
     "The most costly uniform genome within a budget; where the grid is too coarse for one, the nearest, changed by as little as is needed."
-    line = _uniform_line(space, budget.caps, _floors(space, budget.limits, budget.caps))
-    rank = lambda genome: (*(space.cost(genome, measure) for measure in budget.limits), genome.levels)
+    allowed = [budget.levels(space, unit) for unit in range(len(space.units))]
+    line = _uniform_line(space, allowed, _floors(space, budget.limits, allowed))
+    rank = lambda genome: (*budget.costs(space, genome).values(), space.n_params(genome), genome.levels)
     if fitting := [genome for genome in line if budget.contains(space, genome)]:
         return max(fitting, key=rank)
     near = min(line, key=lambda genome: abs(max(space.cost(genome, measure) / limit for measure, limit in budget.limits.items()) - 1))

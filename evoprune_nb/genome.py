@@ -109,7 +109,7 @@ class Genome:
         "Level steps between two genomes (L1)."
         return sum(abs(a - b) for a, b in zip(self.levels, other.levels, strict=True))
 
-# %% ../nbs/02_genome.ipynb #504cf698
+# %% ../nbs/02_genome.ipynb #a4335e83
 def _tuples(value):
     "JSON lists, nested, as tuples."
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
@@ -133,7 +133,8 @@ class Space:
     @cached_property
     def fingerprint(self) -> str:
         "16 hex digits over units, grid, parameters and model: two spaces with the same fingerprint have the same genomes."
-        identity = {"units": [asdict(unit) for unit in self.units], "removed": self.removed, "params": self.params, "fixed_params": self.fixed_params, "model": self.model}
+        units = [{name: value for name, value in asdict(unit).items() if value != ""} for unit in self.units]  # so that parts a family lacks change nothing
+        identity = {"units": units, "removed": self.removed, "params": self.params, "fixed_params": self.fixed_params, "model": self.model}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property

@@ -6,10 +6,10 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.budgets import plan_budget
+from evoprune_nb.budgets import Budget, plan_budget
 from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
-from evoprune_nb.mutation import MutationError, level_swap, make_offspring
+from evoprune_nb.mutation import OPERATORS, MutationError, cost_swap, level_swap, make_offspring
 
 seeds = st.integers(0, 2**32)
 
@@ -90,3 +90,59 @@ def test_unknown_operator_names_the_known_ones(space):
     budget, parent = plan_budget(space, sparsity=0.5)
     with pytest.raises(ValueError, match="level_swap"):
         make_offspring(parent, space, budget, 1, random.Random(0), operator="levelswap")
+
+
+@given(parents(), seeds, st.integers(1, 5))
+def test_cost_swap_leaves_frozen_units_alone(drawn, seed, max_flips):
+    "Cost swaps stay in the grid, never touch frozen units, and depend on their generator alone."
+    space, parent, frozen = drawn
+    budget = Budget({"params": space.n_params(parent) + 1}, 0.05)
+    child = space.check(cost_swap(parent, space, budget, random.Random(seed), max_flips, frozen))
+    assert all(child.levels[unit] == parent.levels[unit] for unit in frozen)
+    assert cost_swap(parent, space, budget, random.Random(seed), max_flips, frozen) == child
+
+
+limit_sets = st.dictionaries(st.sampled_from(("params", "flops", "kv_bytes")), st.floats(0.2, 0.9), min_size=1)
+
+
+@given(spaces(), limit_sets, seeds, st.sampled_from(sorted(OPERATORS)), st.data())
+def test_offspring_keep_limits_and_caps(space, limits, seed, operator, data):
+    "Under limits of any kind, alone or together, and caps: offspring of both operators exceed none, waste none, and keep frozen units; or an error says how many there are."
+    caps = {"max_width": data.draw(st.integers(0, 400)), "min_heads": data.draw(st.integers(0, 3))}
+    try:
+        budget, parent = plan_budget(space, limits=limits, caps=caps, tolerance=0.1)
+    except ValueError:
+        return
+    frozen = data.draw(st.sets(st.integers(0, len(space.units) - 1), max_size=len(space.units) // 2))
+    try:
+        offspring = make_offspring(parent, space, budget, 4, random.Random(seed), operator, frozen=frozen, max_tries=30)
+    except MutationError as error:
+        assert "of 4 distinct offspring" in str(error)
+        return
+    for child in offspring:
+        used = [space.cost(child, measure) / (share * space.dense_cost(measure)) for measure, share in limits.items()]
+        assert 0.9 - 1e-12 <= max(used) <= 1 + 1e-12
+        assert all(child.levels[unit] == parent.levels[unit] for unit in frozen)
+        for i, level in enumerate(child.levels):
+            assert space.kept(i, level) <= caps["max_width"] if space.units[i].kind == "mlp" else space.kept(i, level) >= caps["min_heads"]
+
+
+def test_cost_swaps_trade_heads_for_channels(space):
+    "Level swaps keep the number of levels of each kind; cost swaps change it in most children, both ways, and nearly all meet the budget."
+    budget, parent = plan_budget(space, limits={"params": 0.6}, tolerance=0.05)
+    children = [cost_swap(parent, space, budget, random.Random(seed)) for seed in range(200)]
+    heads = [sum(child.attn) - sum(parent.attn) for child in children]
+    assert sum(budget.contains(space, child) for child in children) > 150 and min(heads) < 0 < max(heads) and sum(map(bool, heads)) > 60
+
+
+@pytest.mark.parametrize("wanted, start, offspring", [
+    (dict(sparsity=0.5), "33333333/55555555", ["33333333/46555555", "33333333/45555655", "33333333/55565455", "33333333/55554565"]),
+    (dict(sparsity=0.3), "22122221/33333333", ["22132211/33333333", "32122211/33333333", "12122321/33333333", "32121221/33333333"]),
+    (dict(params=2_510_000), "33233332/54554554", ["33233332/45554554", "33233332/44554654", "33323332/54554554", "33233332/54564454"])])
+def test_level_swaps_of_earlier_versions_are_reproduced(tiny, wanted, start, offspring):
+    "Budgets of sparsity or parameters give the genomes, and the space the fingerprint, that version 0.1.0 gave: its runs can be continued."
+    units = prunable_units(tiny)
+    space = make_space(tiny, units, level_grid(units), fingerprint="tiny")
+    budget, parent = plan_budget(space, **wanted)
+    assert space.fingerprint == "e084fbfcfc667ed5" and parent.code == start
+    assert [child.code for child in make_offspring(parent, space, budget, 4, random.Random(7))] == offspring
