@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14a_commands.ipynb #a5777777
+# %% ../nbs/14a_commands.ipynb #bef56411
 import argparse
 import json
 import sys
 import tempfile
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import yaml
@@ -17,8 +18,10 @@ import yaml
 from .data import load_pools
 from .evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
 from .experiments import ParameterError, file_hash, notebook_parameters, run_experiment, text_table
+from .export import Card, export_hf, is_run, load_exported, load_winner
 from .latency import kv_cache_bytes, measure_latency, peak_memory
 from .models import load_model, resolve_device
+from .posttraining import PostTraining, post_train_checkpoint
 
 # %% ../nbs/14a_commands.ipynb #2413f1cc
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -74,10 +77,24 @@ def _fetch(options: argparse.Namespace) -> None:
             raise ParameterError(f"nothing embedded is called {name!r}; there are {', '.join(everything)}")
         print(f"{name}: {everything[name]()}")
 
-# %% ../nbs/14a_commands.ipynb #9e15cb76
+# %% ../nbs/14a_commands.ipynb #e5fb7cc0
+def _add_winner_options(parser: argparse.ArgumentParser) -> None:
+    "What a run directory may not say."
+    parser.add_argument("--model", default="", help="of a run directory: its dense model, if it does not say")
+    parser.add_argument("--database", default=None, help="of a run directory: its level database, if it lies elsewhere")
+
+
+def _checkpoint(source: str, options: argparse.Namespace, scratch: str) -> str:
+    "The source itself; for a run directory, its winner, exported."
+    if not is_run(source):
+        return source
+    candidate, tokenizer, history = load_winner(source, options.model, database=options.database)
+    return str(export_hf(candidate, tokenizer, Path(scratch) / "winner", Card(genome=history.winner.code, dense_params=history.space.dense_params)))
+
+
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("eval", help="held-out loss, zero-shot tasks, latency and memory of a model")
-    evaluate.add_argument("model", help="exported or other local directory, embedded name, or hub id")
+    evaluate.add_argument("source", metavar="MODEL", help="exported or other local directory, run directory, embedded name, or hub id")
     evaluate.add_argument("--text", default="wikipedia-sample", help="source of held-out text: embedded name, local file, hub dataset; 'none' to leave it out (default: %(default)s)")
     evaluate.add_argument("--column", default="text", help="column of the text (default: %(default)s)")
     evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
@@ -91,16 +108,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--prompt-tokens", type=int, default=512, help="tokens read when measuring latency and memory (default: %(default)s)")
     evaluate.add_argument("--new-tokens", type=int, default=64, help="tokens written when measuring latency and memory (default: %(default)s)")
     evaluate.add_argument("--repeats", type=int, default=10, help="timed repeats, after 2 for warm-up (default: %(default)s)")
-    evaluate.add_argument("--out", metavar="FILE", default=None, help="JSON report (default: evaluation.json in the model's directory, NAME.evaluation.json here for others)")
-    _add_model_options(evaluate)
+    evaluate.add_argument("--dtype", default="auto", help="dtype of the weights; auto: that of the checkpoint (default: %(default)s)")
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, mps …; auto: the best there is (default: %(default)s)")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint (exports of this package need none)")
+    evaluate.add_argument("--out", metavar="FILE", default=None, help="JSON report (default: evaluation.json in the directory, NAME.evaluation.json here for other models)")
+    _add_winner_options(evaluate)
     evaluate.set_defaults(function=_eval)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    "How a model is loaded."
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights; auto: that of the checkpoint (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps …; auto: the best there is (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint, as pruned ones need")
 
 
 def _task_files(options: argparse.Namespace, directory: str) -> list[str]:
@@ -109,12 +122,21 @@ def _task_files(options: argparse.Namespace, directory: str) -> list[str]:
     return [str(write_task(task, directory, prompt=prompt)) if Path(task).suffix == ".jsonl" else task for task in options.tasks]
 
 
+def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dict]:
+    "The function that loads a checkpoint, by its module's and its own name, and its arguments."
+    loading = dict(dtype=options.dtype, device=str(resolve_device(options.device)))
+    if Path(checkpoint).is_dir() and not options.trust_remote_code:
+        return "evoprune_nb.export:load_exported", loading
+    return "evoprune_nb.models:load_model", loading | {"trust_remote_code": options.trust_remote_code}
+
+
 def _eval(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         conditions, measured = {}, {}
         tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
-        loading = dict(dtype=options.dtype, device=str(resolve_device(options.device)), trust_remote_code=options.trust_remote_code)
-        model, tokenizer = load_model(options.model, **loading)
+        checkpoint = _checkpoint(options.source, options, scratch)
+        loader, loading = _how_to_load(checkpoint, options)
+        model, tokenizer = (load_exported if loader.endswith("load_exported") else load_model)(checkpoint, **loading)
         if options.text != "none":
             pool = load_pools(options.text, tokenizer, options.seq_len, {"heldout": options.tokens}, options.column)["heldout"]
             conditions |= {"text": options.text, "text_file": file_hash(options.text), "text_blocks": pool.fingerprint(), "column": options.column, "seq_len": options.seq_len, "split": "heldout"}
@@ -128,13 +150,48 @@ def _eval(options: argparse.Namespace) -> None:
             measured["kv_bytes_per_token"] = kv_cache_bytes(model, options.prompt_tokens) // options.prompt_tokens
         if options.memory:
             conditions |= {"memory": shape}
-            measured["memory"] = peak_memory(options.model, **shape, **loading)
-    report = evaluation_report(model, options.model, conditions, **measured)
-    here = Path(options.model)
-    path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.model.replace('/', '--')}.evaluation.json"))
+            measured["memory"] = peak_memory(checkpoint, **shape, loader=loader, **loading)
+    report = evaluation_report(model, options.source, conditions, **measured)
+    here = Path(options.source)
+    path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
 
-# %% ../nbs/14a_commands.ipynb #ef19f71a
+# %% ../nbs/14a_commands.ipynb #362c9d9a
+def _add_post_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser("post-train", help="post-train a checkpoint, or the winner of a run, with transformers.Trainer")
+    train.add_argument("source", metavar="SOURCE", help="exported directory, or run directory")
+    train.add_argument("out", metavar="OUT", help="new directory of the result; checkpoints lie beside it, in OUT.training, until then")
+    train.add_argument("--text", default="wikipedia-sample", help="embedded name, local file, or hub dataset (default: %(default)s)")
+    train.add_argument("--column", default="text", help="column of the text (default: %(default)s)")
+    train.add_argument("--teacher", default="", help="dense model to distill from, with --distillation")
+    for field in fields(PostTraining):
+        name = "--tokens" if field.name == "n_tokens" else f"--{field.name.replace('_', '-')}"
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        default = {"required": True} if field.default is MISSING else {"default": field.default}
+        train.add_argument(name, dest=field.name, **kind, **default, help=_SETTINGS_HELP[field.name] + ("" if field.default is MISSING else " (default: %(default)s)"))
+    train.add_argument("--checkpoint-tokens", type=int, default=None, help="tokens between checkpoints (default: a twentieth of the budget)")
+    train.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is an accelerator")
+    train.add_argument("--report-to", default="none", help="Trainer's logging integration, e.g. tensorboard, wandb (default: %(default)s)")
+    _add_winner_options(train)
+    train.set_defaults(function=_post_train)
+
+
+_SETTINGS_HELP = {
+    "n_tokens": "budget, rounded down to whole optimizer steps", "seq_len": "tokens per block", "batch_size": "blocks per device and forward pass", "accumulation": "forward passes per optimizer step",
+    "lr": "peak learning rate", "warmup": "share of the steps in which it rises", "min_lr": "share of it at the end of the cosine", "weight_decay": "of AdamW", "max_grad_norm": "gradients are clipped to this norm",
+    "autocast": "matrix products in bfloat16", "checkpoint_activations": "recompute activations: less memory, a third more time", "distillation": "weight of KL(dense || pruned) in the loss",
+    "temperature": "at which the distributions are compared", "epochs": "passes over the text that may be needed", "shuffle_blocks": "blocks shuffled among each other", "seed": "of the shuffling"}
+
+
+def _post_train(options: argparse.Namespace) -> None:
+    settings = PostTraining(**{field.name: getattr(options, field.name) for field in fields(PostTraining)})
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _checkpoint(options.source, options, scratch)
+        more = dict(teacher=options.teacher, checkpoint_tokens=options.checkpoint_tokens, use_cpu=options.cpu, report_to=options.report_to)
+        out = post_train_checkpoint(source, options.out, settings, options.text, options.column, **more)
+    print(f"post-trained model: {out.resolve()}")
+
+# %% ../nbs/14a_commands.ipynb #e6d84aa4
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evoprune", description="Training-aware evolutionary pruning of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -142,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_run,
         _add_fetch,
         _add_eval,
+        _add_post_train,
     ):
         add(commands)
     return parser

@@ -7,13 +7,15 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import random_blocks, small_model
+from helpers import random_blocks, short_config, small_model, small_pools
 from safetensors.torch import save_file
 
+from evoprune_nb import export
 from evoprune_nb.candidates import materialize
-from evoprune_nb.export import Card, export_hf
+from evoprune_nb.export import Card, export_hf, is_run, load_winner
 from evoprune_nb.models import load_model, model_fingerprint
 from evoprune_nb.pruning import build_database
+from evoprune_nb.search import Search
 from evoprune_nb.training import Training, train
 
 TOP = -1  # the unit's last level, at which all of it is gone
@@ -203,3 +205,21 @@ def test_load_model_reads_an_export(made, tokenizer, tmp_path, monkeypatch):
         load_model(str(tmp_path / "checkpoint"))
     model, _ = load_model(str(tmp_path / "checkpoint"), trust_remote_code=True)
     assert torch.equal(behaviour(model)["logits"], behaviour(candidate)["logits"])
+
+
+def test_winner_of_a_run(small, tmp_path, monkeypatch):
+    "A run directory gives its best candidate so far; what it does not say has to be said, and must be what it was."
+    model, database = small
+    winner = Search(tmp_path / "run", model, database, small_pools(), short_config()).run(progress=False)
+    monkeypatch.setattr(export, "load_model", lambda name, dtype, device: (model, name))
+    candidate, name, history = load_winner(tmp_path / "run", "mine", database=database.directory)
+    expected = materialize(model, database, winner)
+    assert name == "mine" and history.winner == winner and is_run(tmp_path / "run") and not is_run(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(candidate.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(ValueError, match="does not say which model it prunes; name it"):
+        load_winner(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no level database"):
+        load_winner(tmp_path / "run", "mine")
+    other = build_database(model, random_blocks(seed=7), tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match=f"searched in another level database.*{other.fingerprint}"):
+        load_winner(tmp_path / "run", "mine", database=other.directory)
