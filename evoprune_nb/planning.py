@@ -200,7 +200,7 @@ class Plan:
             **({} if phase.seconds is None else {"hours": float(f"{phase.seconds / 3600:.2g}")})} for phase in self.phases}
         return pd.DataFrame(rows).T.rename_axis(self.model, axis="columns")
 
-# %% ../nbs/08c_planning.ipynb #73460534
+# %% ../nbs/08c_planning.ipynb #f101637a
 def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_tokens: int, memory_bytes: int | None, device: Device | None) -> tuple[Phase, int]:
     "The first phase, and its number of passes over the text."
     calibration = plan_calibration(space.units, tokens * sizes.hidden * sizes.itemsize, memory_bytes)
@@ -211,7 +211,7 @@ def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_
     widest = max(n for _, n in shapes)
     forward = batch_tokens * ((4 + 3 * sizes.itemsize) * widest + 4 * sizes.hidden * (4 + sizes.itemsize))  # an MLP at work, and its float32 inputs
     passes = 1 if calibration.offload else len(calibration.groups)
-    hessians = 1.25 * tokens * sum(n**2 for _, n in shapes)  # blocks on and above the diagonal, a quarter of the matrix each
+    hessians = tokens * sum(n**2 for _, n in shapes)  # on and above the diagonal
     passing = passes * tokens * (space.dense_cost("flops") - 2 * sizes.vocabulary * sizes.hidden) + hessians
     removing = sum(removal_flops(*shape, gone_at) for shape, gone_at in zip(shapes, columns))
     seconds = passing / device.rate + removing / device.rate_updates if device else None

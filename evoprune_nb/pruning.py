@@ -30,7 +30,7 @@ from .allocator import keep_freed_memory
 from .genome import Space, level_grid, make_space
 from .models import Unit, decoder_layers, model_fingerprint, prunable_units
 
-# %% ../nbs/04_pruning.ipynb #a1f1d836
+# %% ../nbs/04_pruning.ipynb #74ab7c3c
 @contextmanager
 def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
     "While open, float32 matrix products may use bfloat16 units exactly when their factors are copies of bfloat16 numbers."
@@ -44,7 +44,7 @@ def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
 
 def _add_outer(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
     "Add XᵀX of inputs (…, in) to a matrix, in blocks on and above the diagonal."
-    x, step = inputs.detach().flatten(0, -2), -(-len(hessian) // 4)
+    x, step = inputs.detach().flatten(0, -2), -(-len(hessian) // max(1, len(hessian) // 512))  # narrower blocks cost more than they save
     wide = x.float()
     with _matmul_precision(x.dtype):
         for i in range(0, len(hessian), step):
@@ -119,7 +119,20 @@ def collect_hessians(
         hessian.copy_(hessian.triu() + hessian.triu(1).T).mul_(2 / blocks.numel())
     return hessians
 
-# %% ../nbs/04_pruning.ipynb #366e1e41
+# %% ../nbs/04_pruning.ipynb #007b129e
+def _cholesky(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
+    "Lower Cholesky factor by halves, so that most of the work is matrix products, which LAPACK's own routine does not make of it."
+    n = len(matrix) // 2
+    if n < small:
+        return torch.linalg.cholesky(matrix)
+    factor = torch.zeros_like(matrix)
+    factor[:n, :n] = _cholesky(matrix[:n, :n], small)
+    side = torch.linalg.solve_triangular(factor[:n, :n], matrix[:n, n:], upper=False)
+    factor[n:, :n] = side.T
+    factor[n:, n:] = _cholesky(torch.addmm(matrix[n:, n:], side.T, side, alpha=-1), small)
+    return factor
+
+
 def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     "Float64 copies of W and H, with dead inputs and damping taken care of."
     wide = torch.float64 if hessian.device.type != "mps" else torch.float32  # Apple GPUs have no float64
@@ -134,25 +147,25 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     weight[:, dead] = 0
     return weight, hessian
 
-# %% ../nbs/04_pruning.ipynb #06ea4209
+# %% ../nbs/04_pruning.ipynb #c4551ac6
 def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, n: int) -> torch.Tensor:
     "Remove the `n` cheapest of the columns that are `alive`, one after another; changes all three in place, returns their positions in order."
     g, p = gram.diagonal().clone(), inverse.diagonal().clone()
     g[~alive], p[~alive] = torch.inf, 1  # an infinite score is never the smallest
-    vu, uv, pivot_v = (gram.new_empty(rows, len(gram)) for rows in (2 * n, 2 * n, n))
-    v, u, scores, picked = vu[:n], vu[n:], torch.empty_like(g), []
+    pivot_v, vu, uv = (gram.new_empty(rows, len(gram)) for rows in (n, 2 * n, 2 * n))  # rows of vu: v, u, v, u …; of uv: u, v, u, v …
+    scores, picked = torch.empty_like(g), []
     for k in range(n):
         j = int(torch.div(g, p, out=scores).argmin())
-        row = torch.addmv(inverse[j], pivot_v[:k].T, v[:k, j], alpha=-1, out=pivot_v[k])
-        torch.div(row, row[j], out=v[k])
-        grow = torch.addmv(gram[j], v[:k].T, u[:k, j], alpha=-1).addmv_(u[:k].T, v[:k, j], alpha=-1)
-        torch.addcmul(grow, grow[j], v[k], value=-0.5, out=u[k])
-        p.addcmul_(row, v[k], value=-1)
-        g.addcmul_(u[k], v[k], value=-2)
+        row = torch.addmv(inverse[j], pivot_v[:k].T, vu[: 2 * k : 2, j], alpha=-1, out=pivot_v[k])
+        v = torch.div(row, row[j], out=vu[2 * k])
+        grow = torch.addmv(gram[j], vu[: 2 * k].T, uv[: 2 * k, j], alpha=-1)
+        u = torch.addcmul(grow, grow[j], v, value=-0.5, out=vu[2 * k + 1])
+        uv[2 * k], uv[2 * k + 1] = u, v
+        p.addcmul_(row, v, value=-1)
+        g.addcmul_(u, v, value=-2)
         g[j], p[j] = torch.inf, 1
         picked.append(j)
-    torch.cat([u, v], out=uv)
-    inverse.addmm_(pivot_v.T, v, alpha=-1)
+    inverse.addmm_(pivot_v.T, vu[::2], alpha=-1)
     gram.addmm_(vu.T, uv, alpha=-1)
     alive[picked] = False
     return torch.tensor(picked, device=gram.device)
@@ -207,7 +220,7 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
         alive, gram, inverse = [alive[slot] for slot in slots], gram[rest][:, rest], inverse[rest][:, rest]
     return torch.tensor(order)
 
-# %% ../nbs/04_pruning.ipynb #f5725341
+# %% ../nbs/04_pruning.ipynb #1df93214
 @dataclass(frozen=True)
 class PrunedUnit:
     "All levels of one unit."
@@ -240,7 +253,7 @@ def prune_unit(
 ) -> PrunedUnit:
     "Prune one linear layer to all levels by second-order structured pruning; weights in the dtype of `weight`."
     wide, h = _damped(weight, hessian, damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(_cholesky(h))
     group = h.shape[0] // size // n_kv_heads if n_kv_heads else 1
     if size == 1:
         order = _channel_order(wide.T @ wide, inverse)
@@ -250,7 +263,7 @@ def prune_unit(
     else:
         order = _block_order(wide.T @ wide, inverse, size, group if heads == "query" else 0)
     columns = _columns(order.to(h.device).flip(0), size)  # the last to go first: every level keeps a leading block
-    factor = torch.linalg.cholesky(h[columns][:, columns])
+    factor = _cholesky(h[columns][:, columns])
     y = torch.linalg.solve_triangular(factor, (wide @ h)[:, columns].T, upper=False)
     energy = y.square().sum(1).cumsum(0)
     weights, errors = [], []
