@@ -43,9 +43,9 @@ def per_layer_config(
             row["intermediate_size"] = layer.mlp.down_proj.in_features
     return layers
 
-# %% ../nbs/10_export.ipynb #3b34d5d8
+# %% ../nbs/10_export.ipynb #c8f8320a
 PREFIX = "pruned_"  # of the model type of exported checkpoints
-_OWN_KEYS = ("per_layer_config", "kv_index", "norm_names", "auto_map", "allow_global_per_layer_attribute_access", "architectures", "model_type", "transformers_version")
+_OWN_KEYS = ("per_layer_config", "kv_index", "norm_names", "auto_map", "allow_global_per_layer_attribute_access", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
 def stock_class(
@@ -159,7 +159,7 @@ def base_license(
     except (OSError, ValueError):  # no network, or a card without front matter
         return "", files
 
-# %% ../nbs/10_export.ipynb #462b4142
+# %% ../nbs/10_export.ipynb #4a90d31c
 _LOADING = {
     "hf": 'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True)  # runs modeling_pruned.py\n'
           'tokenizer = AutoTokenizer.from_pretrained("this/directory")',
@@ -227,9 +227,17 @@ def read_card(
     directory = Path(directory)
     path, picture = directory / "card.json", directory / "genome.png"
     row = json.loads(path.read_text()) if path.exists() else {}
+    row["scores"] = row.get("scores", {}) | _measured(directory / "evaluation.json")
     return Card(**row, license_files=base_license(str(directory.absolute()))[1], figure=picture if picture.exists() else None)
 
-# %% ../nbs/10_export.ipynb #8e96409c
+
+def _measured(path: Path) -> dict[str, float]:
+    "Scores in the report that an evaluation has left in a directory."
+    row = json.loads(path.read_text()) if path.exists() else {}
+    heldout = {"held-out perplexity": row["heldout"]["perplexity"]} if row.get("heldout") else {}
+    return heldout | {f"{task} {metric}": value for task, score in row.get("tasks", {}).items() for metric, value in score["metrics"].items()}
+
+# %% ../nbs/10_export.ipynb #19cd5544
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer
@@ -242,6 +250,7 @@ def export_hf(
         config, stock = stock_config(model, dtype=model.dtype).to_dict(), stock_class(model)
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(scratch)
+        config.pop("_name_or_path", None)
         config |= {
             "model_type": PREFIX + stock.config_class.model_type, "architectures": ["PrunedForCausalLM"],
             "auto_map": {"AutoConfig": "modeling_pruned.PrunedConfig", "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"},
@@ -253,7 +262,7 @@ def export_hf(
         write_card(scratch, model, card)
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #0559840f
+# %% ../nbs/10_export.ipynb #42d0faf7
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -272,7 +281,8 @@ def load_exported(
     if kind.removeprefix(PREFIX) not in transformers.CONFIG_MAPPING:
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {kind.removeprefix(PREFIX)!r}")
     model = _pruned_class(kind).from_pretrained(directory, dtype=dtype)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory)
+    # Given the configuration, transformers need not read it, and so does not ask whether it may run the code that it names.
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, config=model.config)
 
 
 def _pruned_class(kind: str) -> type[nn.Module]:
