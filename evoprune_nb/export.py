@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'per_layer_config', 'stock_class', 'stock_config', 'modeling_source', 'check_target', 'written_whole',
-           'Card', 'base_license', 'write_card', 'read_card', 'export_hf', 'load_exported']
+           'Card', 'base_license', 'write_card', 'read_card', 'export_hf', 'load_exported', 'is_run', 'load_winner']
 
-# %% ../nbs/10_export.ipynb #784ef4c5
+# %% ../nbs/10_export.ipynb #2775bff0
 import inspect
 import json
 import os
@@ -25,8 +25,12 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import modeling
+from .candidates import materialize
+from .genome import Genome
+from .history import History
 from .modeling import fit_layers, head_map
 from .models import EMBEDDED_MODELS, decoder_layers, layer_norms, load_model, resolve_device, resolve_dtype
+from .pruning import LevelDatabase
 
 # %% ../nbs/10_export.ipynb #68e87995
 def per_layer_config(
@@ -262,7 +266,7 @@ def export_hf(
         write_card(scratch, model, card)
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #42d0faf7
+# %% ../nbs/10_export.ipynb #cba15178
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -282,7 +286,7 @@ def load_exported(
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {kind.removeprefix(PREFIX)!r}")
     model = _pruned_class(kind).from_pretrained(directory, dtype=dtype)
     # Given the configuration, transformers need not read it, and so does not ask whether it may run the code that it names.
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, config=model.config)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
 
 
 def _pruned_class(kind: str) -> type[nn.Module]:
@@ -300,3 +304,34 @@ def _pruned_class(kind: str) -> type[nn.Module]:
             fit_layers(self.get_decoder().layers, config)
 
     return PrunedForCausalLM
+
+# %% ../nbs/10_export.ipynb #044f8765
+def is_run(
+    directory: str | Path,  # any path
+) -> bool:
+    "Whether it is the run directory of a search (a checkpoint has a config.json too, but no search space in it)."
+    path = Path(directory) / "config.json"
+    return path.exists() and "space" in json.loads(path.read_text())
+
+
+def load_winner(
+    run_dir: str | Path,  # of a search, finished or not
+    model: str = "",  # name of its dense model, where the run does not say
+    dtype: str = "",  # of the dense model, where the run does not say
+    database: str | Path | None = None,  # `database` in the run directory by default
+    device: str | torch.device = "cpu",  # where the candidate goes
+    genome: str = "",  # code of another genome than the winner's
+) -> tuple[nn.Module, object, History]:
+    "The best candidate of a run so far (or another of its genomes), its tokenizer, and the run's history. Raises `ValueError` when model or database are not those of the run."
+    history = History(run_dir)
+    source = history.source or {}
+    if not (name := model or source.get("model_name", "")):
+        raise ValueError(f"{run_dir} does not say which model it prunes; name it (--model)")
+    directory, chosen = Path(database or Path(run_dir) / "database"), history.space.check(Genome.parse(genome)) if genome else history.winner
+    if not (directory / "manifest.json").exists():
+        raise ValueError(f"{directory} holds no level database; say where it is (--database)")
+    dense, tokenizer = load_model(name, dtype or source.get("dtype", "float32"), device)
+    levels = LevelDatabase(directory, dense)
+    if levels.fingerprint != (theirs := history.settings["fingerprints"]["database"]):
+        raise ValueError(f"{run_dir} searched in another level database: its fingerprint is {theirs}, that of {levels.directory} is {levels.fingerprint}")
+    return materialize(dense, levels, chosen), tokenizer, history

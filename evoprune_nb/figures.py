@@ -247,7 +247,7 @@ def sparsity_figure(
     axes.legend(ncols=3, fontsize=8, loc="upper center")
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #a2067adb
+# %% ../nbs/12_figures.ipynb #03c1bc6d
 def candidate_names(
     history: History,  # of a run
     generation: int,  # which one
@@ -308,7 +308,7 @@ def stages_figure(
     colors, stages, names = _theme(theme), history.rules.stages, candidate_names(history, generation, branch)
     n_stages = max(len(stages), int(frame.stage.max()) + 1)
     found = {stage: rank_changes(frame, stage) for stage in range(1, n_stages)}
-    figure = Figure(figsize=(max(4.6, 1.2 + 1.8 * n_stages), 0.6 + max(3.4, 0.26 * int(frame["rank"].max()) + 1.2)), layout="constrained")
+    figure = Figure(figsize=(max(6.6, 1.2 + 1.8 * n_stages), 0.6 + max(3.4, 0.26 * int(frame["rank"].max()) + 1.2)), layout="constrained")
     axes = figure.subplots()
     for code, path in frame.groupby("genome"):
         _draw_path(axes, path, {stage: change for stage, (change, _, _) in found.items()}, n_stages, colors)

@@ -53,7 +53,7 @@ def fingerprints(
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #ae1cf944
+# %% ../nbs/08_search.ipynb #db57ffee
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -197,9 +197,16 @@ class Search:
 
     def _write_state(self, status: str, stage: int | None = None, candidate: str | None = None, error: str | None = None) -> None:
         "A snapshot for onlookers; the log, not this file, is what a search resumes from."
-        self.status = status
         if not self._log.recorded:
             write_state(self.run_dir, status, generation=self.generation, stage=stage, candidate=candidate, parent=self.position.parent, branch=self.position.branch, error=error)
+        with self._mail:
+            self.status = status
+            self._mail.notify_all()
+
+    def wait(self, *statuses: str, timeout: float | None = None) -> bool:
+        "Wait, in another thread than the one that drives, until the status is one of these; whether it is."
+        with self._mail:
+            return self._mail.wait_for(lambda: self.status in statuses, timeout)
 
     # --- commands
 

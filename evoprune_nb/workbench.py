@@ -149,7 +149,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #b6ffa79e
+# %% ../nbs/13_workbench.ipynb #bcfdb30f
 _ACTIVE = ("running", "paused")
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
@@ -552,7 +552,7 @@ class Workbench:
             "budget": (moment, lambda: budget_html(view)), "log": (moment, lambda: log_html(view))}
         pictures = {
             "fitness": ((*moment, self.log_scale.value), lambda: picture(fitness_figure(view, self.log_scale.value, "page"), "fitness of all candidates by generation")),
-            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), "ranks of the candidates, stage by stage")),
+            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), f"ranks of the candidates of generation {generation + 1}, stage by stage")),
             "genome": ((code, parent), lambda: picture(genome_figure(Genome.parse(code), view.space, f"{name}", Genome.parse(parent), "parent", "page"), "genome of a candidate beside its parent")),
             "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), "what the winners keep, generation by generation")),
             "tokens": (moment, lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan"))}

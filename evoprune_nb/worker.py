@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Worker', 'worker_of', 'commands_of', 'follow', 'replay']
 
-# %% ../nbs/08b_worker.ipynb #779f0281
+# %% ../nbs/08b_worker.ipynb #d3ee8c87
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -21,8 +21,9 @@ from .history import History
 from .pruning import LevelDatabase
 from .runs import RunBusy, RunDiverged
 from .search import Search, fingerprints
+from .selection import Evaluation
 
-# %% ../nbs/08b_worker.ipynb #544504e2
+# %% ../nbs/08b_worker.ipynb #6d1b8ce9
 _WORKERS: WeakValueDictionary[Path, "Worker"] = WeakValueDictionary()
 _REGISTERING = threading.Lock()
 
@@ -82,6 +83,10 @@ class Worker:
         finally:
             began.set()
 
+    def wait(self, *statuses: str, timeout: float | None = None) -> bool:
+        "Wait until the status is one of these, at most `timeout` seconds; whether it is."
+        return self.search.wait(*statuses, timeout=timeout)
+
     def join(self, timeout: float | None = None) -> bool:
         "Wait for the thread's end, at most `timeout` seconds; whether it has ended."
         if self._thread:
@@ -93,7 +98,7 @@ def worker_of(run_dir: str | Path) -> Worker | None:
     "The worker of this process for a run directory, if there is one: two panels on one run share it."
     return _WORKERS.get(Path(run_dir).resolve())
 
-# %% ../nbs/08b_worker.ipynb #c0da05f1
+# %% ../nbs/08b_worker.ipynb #6b6df0a3
 def commands_of(
     run_dir: str | Path,  # of any run
 ) -> list[dict]:
@@ -108,22 +113,21 @@ def follow(
 ) -> Genome:
     "Run a search to its end with recorded commands at their places; returns the winner. Raises `RunDiverged` when a place is passed by, as after a change of code."
     with search.driving(), tqdm(desc="replay", unit="step", disable=not progress) as bar:
-        def step():
-            search.drain()
-            happened = search.advance()
+        def step() -> bool:
+            before, happened = search.n_events, search.advance()
+            search.drain()  # what an interrupted replay has in its own log already
             bar.update()
-            return happened
+            return happened is not None or search.n_events > before
 
-        done = History(search.run_dir).commands.n.count()  # an interrupted replay has them in its own log
+        search.drain()
+        done = History(search.run_dir).commands.n.count()
         for place in commands[done:]:
-            while search.n_events < place["after"]:
-                before = search.n_events
-                if step() is None and search.n_events == before:
-                    break
+            while search.n_events < place["after"] and step():
+                pass
             if search.n_events != place["after"]:
                 raise RunDiverged(f"{search.run_dir}: command {place['command']} came after {place['after']} events, but the replay is at {search.n_events}; replay with the revision in the run's config.json")
             search.apply(place["command"])
-        while step() is not None:
+        while step():
             pass
     return search.parent
 
@@ -135,10 +139,11 @@ def replay(
     database: LevelDatabase,  # the same level database
     pools: dict[str, TokenPool],  # the same text
     progress: bool = True,  # show a bar
+    evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # as for `Search`
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)
     mine = fingerprints(database, pools, recorded.config)
     if differing := [f"{name} ({theirs} there, {mine.get(name)} here)" for name, theirs in recorded.settings["fingerprints"].items() if mine.get(name) != theirs]:
         raise ValueError(f"{run_dir} was made with another {', '.join(differing)}")
-    return follow(Search(new_dir, model, database, pools, recorded.config, source=recorded.source), commands_of(run_dir), progress)
+    return follow(Search(new_dir, model, database, pools, recorded.config, evaluator, recorded.source), commands_of(run_dir), progress)

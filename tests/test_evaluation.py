@@ -85,7 +85,7 @@ def task(rows, tmp_path_factory):
 def exported(tiny, tokenizer, database, tmp_path_factory):
     "A candidate with thin units, uneven heads and a missing sublayer of each kind, and its checkpoint directory."
     candidate = materialize(tiny, database, database.space.genome([0, 1, 2, 3, 4, 5, 6, 6] + [0, 3, 10, 5, 7, 9, 1, 10]))
-    return candidate, export_hf(candidate, tokenizer, database.units, tmp_path_factory.mktemp("exported") / "pruned")
+    return candidate, export_hf(candidate, tokenizer, tmp_path_factory.mktemp("exported") / "pruned")
 
 
 def by_hand(model, tokenizer, rows, prompt=lambda query: query) -> dict[str, float]:
@@ -177,12 +177,11 @@ def test_report_is_json_with_origin(tiny, tokenizer, pools, task, tmp_path):
 
 
 def test_command(exported, corpus, task, tokenizer, capsys):
-    "`evoprune eval` on an exported directory: its numbers are those of the functions; code that comes along must be allowed; wrong tasks are refused."
+    "`evoprune eval` on an exported directory: its numbers are those of the functions; wrong tasks are refused."
     candidate, directory = exported
     command = ["eval", str(directory), "--text", str(corpus), "--seq-len", "64", "--tokens", "1024", "--tasks", str(task.parent / "endings.jsonl"), "--limit", "5", "--latency", "--repeats", "2",
                "--prompt-tokens", "16", "--new-tokens", "2", "--device", "cpu"]
-    assert main(command) == 2 and "trust_remote_code" in capsys.readouterr().err
-    assert main([*command, "--trust-remote-code"]) == 0
+    assert main(command) == 0
     printed = capsys.readouterr().out
     row = json.loads((directory / "evaluation.json").read_text())
     pool = load_pools(corpus, tokenizer, 64, {"heldout": 1024})["heldout"]

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import made_up, random_blocks, short_config, small_model
+from helpers import made_up, random_blocks, short_config, small_model, small_pools
 from safetensors.torch import save_file
 
+from evoprune_nb import export
 from evoprune_nb.candidates import materialize
 from evoprune_nb.commands import main
-from evoprune_nb.export import Card, base_license, export_hf, load_exported, per_layer_config, read_card
+from evoprune_nb.export import Card, base_license, export_hf, is_run, load_exported, load_winner, per_layer_config, read_card
 from evoprune_nb.history import History
 from evoprune_nb.modeling import fit_layers
 from evoprune_nb.models import load_model, model_fingerprint
@@ -31,8 +32,8 @@ GENOMES = {  # name → levels of the three attention units and the three MLPs
     "all attention gone": [TOP, TOP, TOP, 1, 2, 3],
 }
 FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-tied", "qwen2-mixed", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "glm4", "exaone4")
-CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone")]
-CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone", "trained")]
+CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone", "trained")]
+CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone")]
 CASES += [(family, name, "bfloat16") for family in ("llama-gqa", "qwen2-tied") for name in ("thin", "trained")]
 
 RELOAD = """
@@ -321,8 +322,8 @@ def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys,
     for arguments, message in (
         ([str(run_dir), str(tmp_path / "used"), *base], "is not empty; export to a new directory"),
         ([str(tmp_path), out], "is neither a run directory nor a checkpoint"),
-        ([str(plain), out, *base], "give --model NAME"),
-        ([str(run_dir), out], "holds no level database; give --database"),
+        ([str(plain), out, *base], "name it (--model)"),
+        ([str(run_dir), out], "holds no level database; say where it is (--database)"),
         ([str(run_dir), out, *base, "--genome", "12/34"], "2 attention and 2 MLP levels"),
         ([str(run_dir), out, *base, "--pad-heads"], "hf holds any heads"),
         ([str(run_dir), out, *base, "--format", "padded"], "--pad-heads"),
@@ -333,3 +334,21 @@ def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys,
         error = capsys.readouterr().err
         assert message in error and len(error.strip().splitlines()) == 1, error
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_winner_of_a_run(small, tmp_path, monkeypatch):
+    "A run directory gives its best candidate so far; what it does not say has to be said, and must be what it was."
+    model, database = small
+    winner = Search(tmp_path / "run", model, database, small_pools(), short_config()).run(progress=False)
+    monkeypatch.setattr(export, "load_model", lambda name, dtype, device: (model, name))
+    candidate, name, history = load_winner(tmp_path / "run", "mine", database=database.directory)
+    expected = materialize(model, database, winner)
+    assert name == "mine" and history.winner == winner and is_run(tmp_path / "run") and not is_run(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(candidate.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(ValueError, match="does not say which model it prunes; name it"):
+        load_winner(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no level database"):
+        load_winner(tmp_path / "run", "mine")
+    other = build_database(model, random_blocks(seed=7), tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match=f"searched in another level database.*{other.fingerprint}"):
+        load_winner(tmp_path / "run", "mine", database=other.directory)
