@@ -162,6 +162,58 @@ def _eval(options: argparse.Namespace) -> None:
     path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
 
+# %% ../nbs/14a_commands.ipynb #698f64b3
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser("plan", help="say what a job will take: memory, disk, tokens, operations and, on this machine, hours")
+    plan.add_argument("model", help="embedded name, local directory or hub id; only its configuration is read")
+    plan.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of the search, e.g. -p offspring 16 -p stages '[[8, 10000, 1000], [1, 50000, 2000]]' (survivors, tuning and scoring tokens)")
+    plan.add_argument("--calibration-tokens", type=int, default=65536, help="tokens for the Hessians (default: 65536)")
+    plan.add_argument("--post-tokens", type=int, default=0, help="tokens of post-training (default: none)")
+    plan.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: 512)")
+    plan.add_argument("--dtype", default=None, help="dtype of the weights (default: the configuration's)")
+    plan.add_argument("--heads", default="free", help="how heads are counted off: free, query or group (default: free)")
+    plan.add_argument("--memory-gb", type=float, default=None, help="limit on the memory for Hessians, in GB (default: none)")
+    plan.add_argument("--device", default=None, help="measure the rate of this torch device, to estimate hours")
+    plan.set_defaults(function=_plan)
+
+
+def _search_settings(given: list[list[str]]) -> dict:
+    "Settings of a search from the command line; those of training go by their own names."
+    from dataclasses import fields
+
+    from evoprune_nb.search import SearchConfig
+    from evoprune_nb.selection import Stage
+    from evoprune_nb.training import Training
+
+    own, training = ({field.name: field.default for field in fields(kind) if field.name != "training"} for kind in (SearchConfig, Training))
+    settings, tuning = {}, {}
+    for name, text in given:
+        if name not in own | training:
+            raise ParameterError(f"a search has no setting {name!r}; it has {', '.join(sorted(own | training))}")
+        try:
+            value = float(text) if name == "lr" else yaml.safe_load(text)
+            if (name == "params" or isinstance((own | training)[name], (int, float))) and not isinstance(value, (int, float)):
+                raise ValueError(f"{text!r} is no number")
+            (settings if name in own else tuning)[name] = tuple(Stage(*row) for row in value) if name == "stages" else value
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise ParameterError(f"setting {name} cannot be {text!r}; stages look like [[survivors, tuning tokens, scoring tokens], …], lr like 1e-4") from error
+    return settings | {"training": Training(**tuning)}
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from evoprune_nb.planning import plan, this_device
+    from evoprune_nb.search import SearchConfig
+
+    settings = _search_settings(options.p)
+    if settings.get("params"):
+        settings.setdefault("sparsity", None)
+    planned = plan(
+        options.model, SearchConfig(**settings), options.calibration_tokens, options.seq_len, options.post_tokens, options.dtype, options.heads,
+        memory_bytes=None if options.memory_gb is None else int(options.memory_gb * 1e9), device=this_device(options.dtype or "bfloat16", options.device) if options.device else None)
+    print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; {planned.passes} pass(es) over the calibration text\n\n{planned.table().rename_axis(None, axis='columns').to_string()}")
+    for line in planned.too_large():
+        print(f"too large: {line}")
+
 # %% ../nbs/14a_commands.ipynb #362c9d9a
 def _add_post_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser("post-train", help="post-train a checkpoint, or the winner of a run, with transformers.Trainer")
@@ -261,13 +313,14 @@ def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
     genome = Genome.parse(options.genome) if options.genome else history.winner
     return model, tokenizer, _run_card(history, options.model or history.source["model_name"], genome)
 
-# %% ../nbs/14a_commands.ipynb #fe14264a
+# %% ../nbs/14a_commands.ipynb #9e32b36c
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evoprune", description="Training-aware evolutionary pruning of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_run,
         _add_fetch,
+        _add_plan,
         _add_eval,
         _add_post_train,
         _add_export,
