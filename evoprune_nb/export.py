@@ -6,7 +6,7 @@
 __all__ = ['PREFIX', 'per_layer_config', 'stock_class', 'stock_config', 'modeling_source', 'check_target', 'written_whole',
            'Card', 'base_license', 'write_card', 'read_card', 'export_hf', 'load_exported', 'is_run', 'load_winner']
 
-# %% ../nbs/10_export.ipynb #8dfa0c0b
+# %% ../nbs/10_export.ipynb #2775bff0
 import inspect
 import json
 import os
@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import modeling
 from .candidates import materialize
+from .genome import Genome
 from .history import History
 from .modeling import fit_layers, head_map
 from .models import EMBEDDED_MODELS, decoder_layers, layer_norms, load_model, resolve_device, resolve_dtype
@@ -46,9 +47,9 @@ def per_layer_config(
             row["intermediate_size"] = layer.mlp.down_proj.in_features
     return layers
 
-# %% ../nbs/10_export.ipynb #3b34d5d8
+# %% ../nbs/10_export.ipynb #c8f8320a
 PREFIX = "pruned_"  # of the model type of exported checkpoints
-_OWN_KEYS = ("per_layer_config", "kv_index", "norm_names", "auto_map", "allow_global_per_layer_attribute_access", "architectures", "model_type", "transformers_version")
+_OWN_KEYS = ("per_layer_config", "kv_index", "norm_names", "auto_map", "allow_global_per_layer_attribute_access", "architectures", "model_type", "transformers_version", "_name_or_path")
 
 
 def stock_class(
@@ -162,7 +163,7 @@ def base_license(
     except (OSError, ValueError):  # no network, or a card without front matter
         return "", files
 
-# %% ../nbs/10_export.ipynb #462b4142
+# %% ../nbs/10_export.ipynb #4a90d31c
 _LOADING = {
     "hf": 'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True)  # runs modeling_pruned.py\n'
           'tokenizer = AutoTokenizer.from_pretrained("this/directory")',
@@ -230,9 +231,17 @@ def read_card(
     directory = Path(directory)
     path, picture = directory / "card.json", directory / "genome.png"
     row = json.loads(path.read_text()) if path.exists() else {}
+    row["scores"] = row.get("scores", {}) | _measured(directory / "evaluation.json")
     return Card(**row, license_files=base_license(str(directory.absolute()))[1], figure=picture if picture.exists() else None)
 
-# %% ../nbs/10_export.ipynb #8e96409c
+
+def _measured(path: Path) -> dict[str, float]:
+    "Scores in the report that an evaluation has left in a directory."
+    row = json.loads(path.read_text()) if path.exists() else {}
+    heldout = {"held-out perplexity": row["heldout"]["perplexity"]} if row.get("heldout") else {}
+    return heldout | {f"{task} {metric}": value for task, score in row.get("tasks", {}).items() for metric, value in score["metrics"].items()}
+
+# %% ../nbs/10_export.ipynb #19cd5544
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer
@@ -245,6 +254,7 @@ def export_hf(
         config, stock = stock_config(model, dtype=model.dtype).to_dict(), stock_class(model)
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(scratch)
+        config.pop("_name_or_path", None)
         config |= {
             "model_type": PREFIX + stock.config_class.model_type, "architectures": ["PrunedForCausalLM"],
             "auto_map": {"AutoConfig": "modeling_pruned.PrunedConfig", "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"},
@@ -256,7 +266,7 @@ def export_hf(
         write_card(scratch, model, card)
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #090a93a2
+# %% ../nbs/10_export.ipynb #cba15178
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -275,7 +285,8 @@ def load_exported(
     if kind.removeprefix(PREFIX) not in transformers.CONFIG_MAPPING:
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {kind.removeprefix(PREFIX)!r}")
     model = _pruned_class(kind).from_pretrained(directory, dtype=dtype)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    # Given the configuration, transformers need not read it, and so does not ask whether it may run the code that it names.
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
 
 
 def _pruned_class(kind: str) -> type[nn.Module]:
@@ -294,7 +305,7 @@ def _pruned_class(kind: str) -> type[nn.Module]:
 
     return PrunedForCausalLM
 
-# %% ../nbs/10_export.ipynb #b6d5cf96
+# %% ../nbs/10_export.ipynb #044f8765
 def is_run(
     directory: str | Path,  # any path
 ) -> bool:
@@ -309,14 +320,18 @@ def load_winner(
     dtype: str = "",  # of the dense model, where the run does not say
     database: str | Path | None = None,  # `database` in the run directory by default
     device: str | torch.device = "cpu",  # where the candidate goes
+    genome: str = "",  # code of another genome than the winner's
 ) -> tuple[nn.Module, object, History]:
-    "The best candidate of a run so far, its tokenizer, and the run's history. Raises `ValueError` when model or database are not those of the run."
+    "The best candidate of a run so far (or another of its genomes), its tokenizer, and the run's history. Raises `ValueError` when model or database are not those of the run."
     history = History(run_dir)
     source = history.source or {}
     if not (name := model or source.get("model_name", "")):
         raise ValueError(f"{run_dir} does not say which model it prunes; name it (--model)")
+    directory, chosen = Path(database or Path(run_dir) / "database"), history.space.check(Genome.parse(genome)) if genome else history.winner
+    if not (directory / "manifest.json").exists():
+        raise ValueError(f"{directory} holds no level database; say where it is (--database)")
     dense, tokenizer = load_model(name, dtype or source.get("dtype", "float32"), device)
-    levels = LevelDatabase(database or Path(run_dir) / "database", dense)
+    levels = LevelDatabase(directory, dense)
     if levels.fingerprint != (theirs := history.settings["fingerprints"]["database"]):
         raise ValueError(f"{run_dir} searched in another level database: its fingerprint is {theirs}, that of {levels.directory} is {levels.fingerprint}")
-    return materialize(dense, levels, history.winner), tokenizer, history
+    return materialize(dense, levels, chosen), tokenizer, history
