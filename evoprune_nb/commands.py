@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14a_commands.ipynb #bef56411
+# %% ../nbs/14a_commands.ipynb #e9271041
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import MISSING, fields
@@ -156,7 +157,7 @@ def _eval(options: argparse.Namespace) -> None:
     path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
 
-# %% ../nbs/14a_commands.ipynb #362c9d9a
+# %% ../nbs/14a_commands.ipynb #22613c8d
 def _add_post_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser("post-train", help="post-train a checkpoint, or the winner of a run, with transformers.Trainer")
     train.add_argument("source", metavar="SOURCE", help="exported directory, or run directory")
@@ -189,7 +190,8 @@ def _post_train(options: argparse.Namespace) -> None:
         source = _checkpoint(options.source, options, scratch)
         more = dict(teacher=options.teacher, checkpoint_tokens=options.checkpoint_tokens, use_cpu=options.cpu, report_to=options.report_to)
         out = post_train_checkpoint(source, options.out, settings, options.text, options.column, **more)
-    print(f"post-trained model: {out.resolve()}")
+    if int(os.environ.get("RANK", 0)) == 0:  # one of several processes speaks
+        print(f"post-trained model: {out.resolve()}")
 
 # %% ../nbs/14a_commands.ipynb #e6d84aa4
 def _parser() -> argparse.ArgumentParser:
