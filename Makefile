@@ -2,6 +2,7 @@
 PYTHON ?= python3
 MODEL ?= tiny
 BIN := .venv/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help install demo test lab clean
 .DEFAULT_GOAL := help
@@ -18,15 +19,22 @@ help:  ## list these commands
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
+# The browser of the workbench's tests: the system's own, installed with the system's package manager where it is missing.
+.venv/.chromium: | .venv/.installed
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends chromium; } \
+	  || { echo "The browser tests need chromium, and apt-get could not install it: install it by hand, then run make test again." >&2; exit 1; }
+	touch $@
+
 install: .venv/.installed  ## make .venv and install the package into it
 
 demo: .venv/.installed  ## prune a model start to end, with a report: make demo [MODEL=tiny|smollm2-135m]
 	$(BIN)/evoprune fetch $(MODEL) wikipedia-sample
 	$(BIN)/evoprune run nbs/experiments/demo.ipynb $(patsubst %,-f %,$(wildcard nbs/experiments/demo.$(MODEL).yaml))
 
-test: .venv/.dev  ## run every notebook and every test
+test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	$(BIN)/evoprune fetch
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|experiments$$)'
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|experiments$$)' --skip_file_re '^([_.]|workbench)'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 lab: .venv/.installed  ## open JupyterLab on the tour

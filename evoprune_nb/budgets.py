@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CAPS', 'check_caps', 'check_limits', 'levels_within', 'Budget', 'uniform_genome', 'fit_budget', 'plan_budget']
 
-# %% ../nbs/02a_budgets.ipynb #53096cc7
-from collections.abc import Collection, Sequence
+# %% ../nbs/02a_budgets.ipynb #e6f0d74e
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -119,7 +119,7 @@ def uniform_genome(
         raise ValueError(f"sparsity {sparsity} is outside what the grid{' and the caps' * bool(caps)} can reach: {least:.4g} to {most:.4g}")
     return _even(space, allowed, {"attn": sparsity, "mlp": sparsity})
 
-# %% ../nbs/02a_budgets.ipynb #602234db
+# %% ../nbs/02a_budgets.ipynb #217ff197
 class _Fit:
     "A genome on its way to a budget: levels, costs, and the steps that are possible."
 
@@ -147,12 +147,12 @@ class _Fit:
         "Error that moving a unit to a level adds."
         return self.errors[unit][level] - self.errors[unit][self.levels[unit]]
 
-    def steps(self, direction: int) -> list[tuple[int, int]]:
-        "For each free unit, the next level (up: 1, down: −1) at which any limited cost differs, if there is one."
+    def steps(self, direction: int, helps: Callable[[dict[str, float]], bool]) -> list[tuple[int, int]]:
+        "For each free unit, the next level (up: 1, down: −1) after which the costs are of some help, if there is one."
         found = []
         for unit, level in enumerate(self.levels):
             onward = [other for other in self.allowed[unit][::direction] if (other - level) * direction > 0]
-            if unit not in self.frozen and (step := next((other for other in onward if self.after((unit, other)) != self.costs), None)) is not None:
+            if unit not in self.frozen and (step := next((other for other in onward if helps(self.after((unit, other)))), None)) is not None:
                 found.append((unit, step))
         return found
 
@@ -161,33 +161,34 @@ class _Fit:
         for unit, level in steps:
             self.levels[unit] = level
 
-# %% ../nbs/02a_budgets.ipynb #ff4997d6
+# %% ../nbs/02a_budgets.ipynb #8c1a3aa3
 def _save(fit: _Fit) -> None:
     "Raise levels until no limit is exceeded: always the least added error per unit of excess saved."
     while not fit.budget.fits(fit.costs):
-        saving = {step: fit.excess(fit.costs) - fit.excess(fit.after(step)) for step in fit.steps(1)}
-        saving = {step: saved for step, saved in saving.items() if saved > 0}
-        if not saving:
+        excess = fit.excess(fit.costs)
+        steps = fit.steps(1, lambda after: fit.excess(after) < excess)
+        if not steps:
             return
-        fit.take(min(saving, key=lambda step: (fit.error(*step) / saving[step], step)))
+        fit.take(min(steps, key=lambda step: (fit.error(*step) / (excess - fit.excess(fit.after(step))), step)))
 
 
 def _spend(fit: _Fit) -> None:
     "Lower levels while a limit is not used up to the tolerance, or a raise turns out not to be needed: always the most error removed per unit of cost that still fits."
     while True:
-        lower = [step for step in fit.steps(-1) if not fit.budget.spends(fit.costs) or fit.levels[step[0]] > fit.start[step[0]]]
-        added = {step: fit.use(after) - fit.use(fit.costs) for step in lower if fit.budget.fits(after := fit.after(step))}
-        added = {step: share for step, share in added.items() if share > 0}
-        if not added:
+        use = fit.use(fit.costs)
+        steps = fit.steps(-1, lambda after: fit.budget.fits(after) and fit.use(after) > use)
+        steps = [step for step in steps if not fit.budget.spends(fit.costs) or step[1] >= fit.start[step[0]]]
+        if not steps:
             return
-        fit.take(min(added, key=lambda step: (fit.error(*step) / added[step], step)))
+        fit.take(min(steps, key=lambda step: (fit.error(*step) / (fit.use(fit.after(step)) - use), step)))
 
 
 def _exchange(fit: _Fit) -> None:
     "Pairs of a step up and a step down that use more of a limit without exceeding any, until the tolerance is reached."
     while not fit.budget.spends(fit.costs):
-        pairs = [(up, down) for up, down in product(fit.steps(1), fit.steps(-1)) if up[0] != down[0] and fit.budget.fits(fit.after(up, down))]
-        pairs = [pair for pair in pairs if fit.use(fit.after(*pair)) > fit.use(fit.costs)]
+        use, differs = fit.use(fit.costs), lambda after: after != fit.costs
+        pairs = [(up, down) for up, down in product(fit.steps(1, differs), fit.steps(-1, differs)) if up[0] != down[0]]
+        pairs = [pair for pair in pairs if fit.budget.fits(after := fit.after(*pair)) and fit.use(after) > use]
         if not pairs:
             return
         added_error = lambda pair: fit.error(*pair[0]) + fit.error(*pair[1])

@@ -38,7 +38,7 @@ def level_swap(
         levels[raised] += 1
     return parent.with_levels(levels)
 
-# %% ../nbs/03_mutation.ipynb #060018b8
+# %% ../nbs/03_mutation.ipynb #51382b43
 def cost_swap(
     parent: Genome,  # the genome to change
     space: Space,  # its units and levels
@@ -50,7 +50,7 @@ def cost_swap(
     "A copy of the parent after a few trades between units of any kind; the result may be the parent itself, and may miss the budget."
     child, kept = parent, set(frozen)
     for _ in range(min(rng.randint(1, max_flips), rng.randint(1, max_flips))):
-        steps = _steps(child, space, budget, kept, -1)
+        steps = _lower(child, space, budget, kept)
         if not steps:
             break
         unit, level = rng.choice(steps)
@@ -63,25 +63,35 @@ def _moved(genome: Genome, unit: int, level: int) -> Genome:
     return genome.with_levels([*genome.levels[:unit], level, *genome.levels[unit + 1 :]])
 
 
-def _steps(genome: Genome, space: Space, budget: Budget, kept: Collection[int], direction: int) -> list[tuple[int, int]]:
-    "Units that may change, each with the next level up (1) or down (−1) that the caps allow."
-    onward = [(unit, [other for other in budget.levels(space, unit) if (other - level) * direction > 0]) for unit, level in enumerate(genome.levels) if unit not in kept]
-    return [(unit, min(levels) if direction > 0 else max(levels)) for unit, levels in onward if levels]
+def _lower(genome: Genome, space: Space, budget: Budget, kept: Collection[int]) -> list[tuple[int, int]]:
+    "Units that may be pruned less, each with the next level down that the caps allow."
+    onward = [(unit, [other for other in budget.levels(space, unit) if other < level]) for unit, level in enumerate(genome.levels) if unit not in kept]
+    return [(unit, max(levels)) for unit, levels in onward if levels]
 
-# %% ../nbs/03_mutation.ipynb #1df826c6
+
+def _cheaper(genome: Genome, space: Space, budget: Budget, kept: Collection[int], measures: Collection[str]) -> list[tuple[int, int]]:
+    "Units that may be pruned more, each with the next level that costs less in one of the measures."
+    found = []
+    for unit, level in enumerate(genome.levels):
+        costs = [space.costs[measure][unit] for measure in measures]
+        onward = [other for other in budget.levels(space, unit) if other > level and any(row[other] < row[level] for row in costs)]
+        if onward and unit not in kept:
+            found.append((unit, min(onward)))
+    return found
+
+# %% ../nbs/03_mutation.ipynb #0c516a93
 def _balanced(child: Genome, space: Space, budget: Budget, kept: Collection[int], rng: random.Random) -> Genome:
     "The child after further units were pruned until it fits, and then others restored while that fits and the budget is not used."
     paid = set()
     while not budget.fits(costs := budget.costs(space, child)):
         over = [measure for measure, limit in budget.limits.items() if costs[measure] > limit]
-        steps = _steps(child, space, budget, kept, 1)
-        steps = [(unit, level) for unit, level in steps if any(space.costs[measure][unit][level] < space.costs[measure][unit][child.levels[unit]] for measure in over)]
+        steps = _cheaper(child, space, budget, kept, over)
         if not steps:
             return child
         unit, level = rng.choice(steps)
         paid, child = paid | {unit}, _moved(child, unit, level)
     while not budget.spends(budget.costs(space, child)):
-        restored = [_moved(child, *step) for step in _steps(child, space, budget, {*kept, *paid}, -1)]
+        restored = [_moved(child, *step) for step in _lower(child, space, budget, {*kept, *paid})]
         restored = [genome for genome in restored if budget.fits(budget.costs(space, genome))]
         if not restored:
             return child

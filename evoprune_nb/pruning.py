@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'layer_span', 'collect_hessians', 'PrunedUnit', 'kept_structures', 'prune_unit', 'LevelDatabase',
            'CalibrationPlan', 'plan_calibration', 'build_database']
 
-# %% ../nbs/04_pruning.ipynb #bf8d0cd9
+# %% ../nbs/04_pruning.ipynb #b12aa883
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .costs import CONTEXT_TOKENS
+from .allocator import keep_freed_memory
 from .genome import Space, level_grid, make_space
 from .models import Unit, decoder_layers, model_fingerprint, prunable_units
 
@@ -133,40 +134,41 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     weight[:, dead] = 0
     return weight, hessian
 
-# %% ../nbs/04_pruning.ipynb #8f6e0cd5
-def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, here: torch.Tensor, n: int) -> torch.Tensor:
-    "Remove the `n` cheapest columns of those `here`, one after another; changes all three in place, returns their positions in order."
-    g, p, kept, picked = gram.diagonal().clone(), inverse.diagonal().clone(), here.to(gram.dtype), []
+# %% ../nbs/04_pruning.ipynb #06ea4209
+def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, n: int) -> torch.Tensor:
+    "Remove the `n` cheapest of the columns that are `alive`, one after another; changes all three in place, returns their positions in order."
+    g, p = gram.diagonal().clone(), inverse.diagonal().clone()
+    g[~alive], p[~alive] = torch.inf, 1  # an infinite score is never the smallest
     vu, uv, pivot_v = (gram.new_empty(rows, len(gram)) for rows in (2 * n, 2 * n, n))
-    v, u = vu[:n], vu[n:]
+    v, u, scores, picked = vu[:n], vu[n:], torch.empty_like(g), []
     for k in range(n):
-        j = torch.where(here, g / p, torch.inf).argmin()
-        row = torch.addmv(inverse[j], pivot_v[:k].T, v[:k, j], alpha=-1).mul_(kept)
+        j = int(torch.div(g, p, out=scores).argmin())
+        row = torch.addmv(inverse[j], pivot_v[:k].T, v[:k, j], alpha=-1, out=pivot_v[k])
         torch.div(row, row[j], out=v[k])
-        pivot_v[k] = row
-        grow = torch.addmv(gram[j], v[:k].T, u[:k, j], alpha=-1).addmv_(u[:k].T, v[:k, j], alpha=-1).mul_(kept)
+        grow = torch.addmv(gram[j], v[:k].T, u[:k, j], alpha=-1).addmv_(u[:k].T, v[:k, j], alpha=-1)
         torch.addcmul(grow, grow[j], v[k], value=-0.5, out=u[k])
         p.addcmul_(row, v[k], value=-1)
         g.addcmul_(u[k], v[k], value=-2)
-        here[j], kept[j] = False, 0
+        g[j], p[j] = torch.inf, 1
         picked.append(j)
     torch.cat([u, v], out=uv)
     inverse.addmm_(pivot_v.T, v, alpha=-1)
     gram.addmm_(vu.T, uv, alpha=-1)
-    return torch.stack(picked)
+    alive[picked] = False
+    return torch.tensor(picked, device=gram.device)
 
 
 def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 32) -> torch.Tensor:
     "Order of removal of single columns by lazily applied rank-one updates; consumes its arguments."
-    alive, order = torch.arange(len(gram), device=gram.device), []
-    while len(alive):
-        here, left = torch.ones(len(alive), dtype=torch.bool, device=gram.device), len(alive)
-        while left > 0.75 * len(alive):
+    names, order = torch.arange(len(gram), device=gram.device), []
+    while len(names):
+        alive, left = torch.ones(len(names), dtype=torch.bool, device=gram.device), len(names)
+        while left > 0.75 * len(names):
             n = min(block, left)
-            order.append(alive[_remove_channels(gram, inverse, here, n)])
+            order.append(names[_remove_channels(gram, inverse, alive, n)])
             left -= n
-        rest = here.nonzero().squeeze(1)
-        alive, gram, inverse = alive[rest], gram[rest][:, rest], inverse[rest][:, rest]
+        rest = alive.nonzero().squeeze(1)
+        names, gram, inverse = names[rest], gram[rest][:, rest], inverse[rest][:, rest]
     return torch.cat(order)
 
 # %% ../nbs/04_pruning.ipynb #2fe4aaa6
@@ -383,7 +385,7 @@ def plan_calibration(
         raise ValueError(f"memory_bytes={memory_bytes:,} is too little: the largest Hessian of this model takes {needed:,} bytes")
     return CalibrationPlan(tuple(groups), False, needed)
 
-# %% ../nbs/04_pruning.ipynb #58f7affe
+# %% ../nbs/04_pruning.ipynb #6fb77839
 def _stored_bytes(model: nn.Module, unit: Unit, removed: Sequence[int]) -> int:
     "Bytes of the compact weights of a unit at all levels between dense and empty."
     weight = model.get_submodule(unit.output).weight
@@ -440,13 +442,12 @@ def build_database(
     missing = [unit for unit in units if not _is_whole(directory, manifest["built"].get(unit.name))]
     plan = plan_calibration(missing, blocks.numel() * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize, memory_bytes)
     _check_disk(directory, sum(_stored_bytes(model, unit, levels[unit.name]) for unit in missing))
-    bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing)
-    for unit, hessian in _calibrated(model, blocks, batch_size, plan, progress) if missing else ():
-        pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, levels[unit.name], unit.structure_size, unit.n_kv_heads, heads, damping)
-        manifest["built"][unit.name] = _store_unit(directory, unit, pruned, levels[unit.name])
-        _write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))
-        bar.update()
-    bar.close()
+    with keep_freed_memory(), tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing) as bar:
+        for unit, hessian in _calibrated(model, blocks, batch_size, plan, progress) if missing else ():
+            pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, levels[unit.name], unit.structure_size, unit.n_kv_heads, heads, damping)
+            manifest["built"][unit.name] = _store_unit(directory, unit, pruned, levels[unit.name])
+            _write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))
+            bar.update()
     return LevelDatabase(directory, model)
 
 

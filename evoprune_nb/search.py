@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #bf552327
+# %% ../nbs/08_search.ipynb #f64892de
 import json
 import math
 import random
@@ -32,6 +32,7 @@ from .runs import DriverLock, EventLog, RunDiverged, provenance, read_events, wr
 from .selection import Elimination, Evaluation, Evaluator, Stage, check_text, select
 from .steering import Position, Rules, SearchConfig, check_command, forward_tokens, generation_tokens
 from .training import Training, next_token_loss
+from .unit_latency import require_latency
 
 # %% ../nbs/08_search.ipynb #a4ba3d9a
 def _to_json(evaluation: Evaluation) -> dict:
@@ -53,7 +54,7 @@ def fingerprints(
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #db57ffee
+# %% ../nbs/08_search.ipynb #a7d5603b
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -68,14 +69,14 @@ class Search:
         source: dict | None = None,  # how model, database and text were made, for `to_notebook` and `export`: model_name, dtype, text, seq_len, calibration_tokens, heads, n_levels
     ):
         self.run_dir, self.model, self.database, self.pools, self.config = Path(run_dir), model, database, pools, config
+        require_latency(model, database, config.limits)
         self.space = database.space
         if (mine := model_fingerprint(model)) != self.space.model:
             raise ValueError(f"the level database is of another model: its fingerprint is {self.space.model}, this model's is {mine}")
         needed = ["tuning", "scoring"] + ["heldout"] * bool(config.heldout_tokens)
         if missing := [name for name in needed if name not in pools]:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
-        self._targets: list[tuple[Rules, tuple[Budget, Genome]]] = []
-        _, self.start = self._target(Rules.of(config))
+        _, self.start = Rules.of(config).target(self.space)
         self.position = self._end = self._origin()
         self._evaluator, self._evaluate, self._made_for = evaluator, None, None
         self._prepare_evaluator(self.rules, 0)
@@ -153,15 +154,7 @@ class Search:
 
     @property
     def budget(self) -> Budget:
-        return self._target(self.rules)[0]
-
-    def _target(self, rules: Rules) -> tuple[Budget, Genome]:
-        "Budget and uniform genome of the rules; each is planned once."
-        for known, target in self._targets:
-            if known.same_target(rules):
-                return target
-        self._targets.append((rules, rules.target(self.space)))
-        return self._targets[-1][1]
+        return self.rules.target(self.space)[0]
 
     def _place(self) -> dict:
         "Branch and generation, as events name them."
@@ -272,13 +265,13 @@ class Search:
 
     def _aimed(self, parent: Genome, rules: Rules) -> Genome:
         "The parent, fitted to the budget if that has moved."
-        budget, _ = self._target(rules)
+        budget, _ = rules.target(self.space)
         return parent if budget.contains(self.space, parent) else fit_budget(parent, self.space, budget, self.database.errors, rules.frozen_units(self.space))
 
     def _offspring(self, parent: Genome, position: Position) -> list[Genome]:
         "Mutants of a parent, by the rules and seeds of a position."
         rules, rng = position.rules, random.Random(derive_seed(self._seed(position.branch), position.generation, "mutation"))
-        return make_offspring(parent, self.space, self._target(rules)[0], rules.offspring, rng, rules.operator, rules.max_flips, rules.frozen_units(self.space))
+        return make_offspring(parent, self.space, rules.target(self.space)[0], rules.offspring, rng, rules.operator, rules.max_flips, rules.frozen_units(self.space))
 
     def _brood(self) -> tuple[Genome, list[Genome], dict]:
         "Parent and candidates of the generation that begins, and what else its event says."

@@ -6,7 +6,7 @@
 __all__ = ['RESTARTS', 'PUBLISHED_STAGES', 'FITNESS', 'kl_divergence', 'perplexity', 'cross_entropy', 'Stage', 'check_stages',
            'check_restart', 'check_text', 'Evaluation', 'Evaluator', 'Elimination', 'select']
 
-# %% ../nbs/07_selection.ipynb #6c719eef
+# %% ../nbs/07_selection.ipynb #0001c3dd
 import math
 import time
 from collections import deque
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .allocator import keep_freed_memory
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome
@@ -111,7 +112,7 @@ def check_text(
         if stage.tuning_tokens:
             pools["tuning"].require(stage.tuning_tokens)
 
-# %% ../nbs/07_selection.ipynb #b8d35ac6
+# %% ../nbs/07_selection.ipynb #7a2b5369
 @dataclass(frozen=True)
 class Evaluation:
     "What one candidate achieved in one stage."
@@ -254,6 +255,7 @@ class Evaluator:
         for key in best[self.stages[tuned.stage].survivors :]:
             del self._kept[key]
 
+    @keep_freed_memory()
     def __call__(self, genome: Genome, generation: int, stage: int) -> Evaluation:
         "Materialise, tune and score one candidate."
         start = time.perf_counter()

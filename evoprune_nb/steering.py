@@ -6,7 +6,8 @@
 __all__ = ['DEFAULT_STAGES', 'SETTINGS', 'COMMANDS', 'SearchConfig', 'Rules', 'forward_tokens', 'generation_tokens', 'Command',
            'change_rules', 'check_command', 'describe', 'Position']
 
-# %% ../nbs/07b_steering.ipynb #d57a1b3f
+# %% ../nbs/07b_steering.ipynb #8e4cd1e2
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -59,7 +60,10 @@ class SearchConfig:
         "From JSON."
         return cls(**row | {"stages": tuple(Stage(**stage) for stage in row["stages"]), "training": Training(**row["training"])})
 
-# %% ../nbs/07b_steering.ipynb #f4bd9b5d
+# %% ../nbs/07b_steering.ipynb #852375f8
+_TARGET = ("sparsity", "params", "limits", "caps", "tolerance")  # settings that say how large a pruned model may be
+
+
 @dataclass(frozen=True)
 class Rules(SearchConfig):
     "The settings in force, as steering has changed them."
@@ -87,11 +91,15 @@ class Rules(SearchConfig):
 
     def target(self, space: Space) -> tuple[Budget, Genome]:
         "The budget, and the uniform genome that meets it. Raises `ValueError` when no genome of the space does."
-        return plan_budget(space, self.sparsity, self.params, self.tolerance, self.limits, self.caps)
+        planned = vars(space).setdefault("_planned", {})  # with the space, as its cached properties are: planning may take a second
+        key = json.dumps([getattr(self, name) for name in _TARGET], sort_keys=True)
+        if key not in planned:
+            planned[key] = plan_budget(space, self.sparsity, self.params, self.tolerance, self.limits, self.caps)
+        return planned[key]
 
     def same_target(self, other: "Rules") -> bool:
         "Whether both ask for the same size."
-        return all(getattr(self, name) == getattr(other, name) for name in ("sparsity", "params", "limits", "caps", "tolerance"))
+        return all(getattr(self, name) == getattr(other, name) for name in _TARGET)
 
 # %% ../nbs/07b_steering.ipynb #b5b5b98f
 def forward_tokens(tuning: int, scoring: int) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['POST_TRAINING', 'Training', 'final_hidden', 'head_is_linear', 'cached_rows', 'next_token_loss', 'MasterOptimizer',
            'TrainingResult', 'train', 'post_train']
 
-# %% ../nbs/06_training.ipynb #b2a2e560
+# %% ../nbs/06_training.ipynb #524faae0
 import hashlib
 import inspect
 import json
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .allocator import keep_freed_memory
 from .data import TokenPool, derive_seed
 
 # %% ../nbs/06_training.ipynb #b7095616
@@ -161,7 +162,7 @@ class MasterOptimizer:
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
 
-# %% ../nbs/06_training.ipynb #fba4f2f7
+# %% ../nbs/06_training.ipynb #5e5f4629
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -170,6 +171,7 @@ class TrainingResult:
     finite: bool = True  # False: the loop ended at a non-finite loss
 
 
+@keep_freed_memory()
 def train(
     model: nn.Module,  # changed in place
     blocks: torch.Tensor,  # (n_blocks, seq) token ids, seen once, in order

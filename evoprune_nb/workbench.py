@@ -149,7 +149,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #b6ffa79e
+# %% ../nbs/13_workbench.ipynb #7b7b273a
 _ACTIVE = ("running", "paused")
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
@@ -173,6 +173,8 @@ class Workbench:
         self._queued: list[tuple[dict, int]] = []  # commands sent and the number of commands logged before
         self._drawn: dict[str, object] = {}  # part → what it shows
         self._due, self._urgent, self._moving = 0.0, True, False
+        self._past: tuple = (None, None)  # (branch, generation) of the slider, and the history as it was then
+        self._was, self._displayed = "", False
         self._lock, self._wake, self._closed = threading.RLock(), threading.Event(), False
         self.editor: GenomeEditor | None = None
         self.form: SettingsForm | None = None
@@ -226,6 +228,7 @@ class Workbench:
         grid = widgets.Box(parts, layout=widgets.Layout(flex_flow="row wrap", grid_gap="12px", width="100%", align_items="stretch", overflow="visible"))
         self.widget = widgets.VBox([widgets.HTML(STYLE, layout=widgets.Layout(display="none")), self.head, grid], layout=widgets.Layout(width="100%", grid_gap="10px", padding="4px", overflow="visible"))
         self.widget.add_class("evo")
+        self.widget._view_count = 0  # asks the page to keep count of where it is shown
 
     def _ipython_display_(self) -> None:
         display(self.widget)
@@ -377,8 +380,10 @@ class Workbench:
     def _watch(self, seconds: float) -> None:
         "Refresh until closed, at once when woken."
         while not self._closed:
+            self._displayed |= bool(self.widget._view_count)
             try:
-                self.refresh()
+                if self.widget._view_count or not self._displayed:  # not for a panel that was closed, or replaced by another
+                    self.refresh()
             except Exception:  # shown, and tried again: a view must not end with the first odd file
                 self.failure.value = error_html(traceback.format_exc()).replace("The search failed:", "The panel could not be redrawn:")
             self._wake.wait(seconds)
@@ -459,6 +464,10 @@ class Workbench:
 
     def _show_head(self) -> None:
         status = self.status
+        if status != self._was:
+            if self._was and (words := {"finished": "the search has finished", "stopped": "stopped; Start goes on"}.get(status)):
+                self._tell(words)
+            self._was, self._urgent = status, True
         self._set(self.head, value=f'<div class="evo-title"><b>evoprune workbench</b>{badge(status)}<span>{escape(self._mode(status))}</span><code>{escape(str(self.run_dir))}</code></div>')
         self._set(self.failure, value=error_html(self.error or self.state.get("error")))
         active, able = self.driving, self.can_drive and not self.preparing
@@ -523,14 +532,16 @@ class Workbench:
             where = (int(frame.branch.iloc[-1]), int(frame.generation.iloc[-1])) if len(frame) else (self.history.branch, self.history.generation)
             return self.history, *where
         branch, generation = self.history.line[self.moment.value - 1]
-        return self.history.at(generation, branch), branch, generation
+        if self._past[0] != (branch, generation):
+            self._past = ((branch, generation), self.history.at(generation, branch))
+        return self._past[1], branch, generation
 
     def _show_controls(self) -> None:
         active = self.can_drive and self.worker is not None
         rules, space = self.history.rules, self.history.space
         parent, budget = self.history.winner, rules.target(space)[0]
         if self.editor is None:
-            self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send)
+            self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send, [measure for measure in space.costs if measure != "params"])
             self._editor_box.children, self._form_box.children = [self.editor.widget], [self.form.widget]
         self.editor.follow(parent, budget, rules.frozen, active)
         self.form.follow(rules, active)
@@ -552,9 +563,9 @@ class Workbench:
             "budget": (moment, lambda: budget_html(view)), "log": (moment, lambda: log_html(view))}
         pictures = {
             "fitness": ((*moment, self.log_scale.value), lambda: picture(fitness_figure(view, self.log_scale.value, "page"), "fitness of all candidates by generation")),
-            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), "ranks of the candidates, stage by stage")),
+            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), f"ranks of the candidates of generation {generation + 1}, stage by stage: {len(view.evaluations)} evaluations in all")),
             "genome": ((code, parent), lambda: picture(genome_figure(Genome.parse(code), view.space, f"{name}", Genome.parse(parent), "parent", "page"), "genome of a candidate beside its parent")),
-            "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), "what the winners keep, generation by generation")),
+            "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), f"what the winners keep, generations 0 to {len(view.line)}")),
             "tokens": (moment, lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan"))}
         self._redraw(words)
         if self._urgent or time.monotonic() >= self._due:
@@ -582,7 +593,7 @@ def database_progress(
     manifest = json.loads(path.read_text())
     return len(manifest["built"]), len(manifest["units"])
 
-# %% ../nbs/13_workbench.ipynb #b2d125af
+# %% ../nbs/13_workbench.ipynb #54dcdd2f
 def open_run(
     run_dir: str | Path,  # new, or of an earlier start of the same search
     source: Source = Source(),  # how model, level database and text are made
@@ -597,11 +608,15 @@ def open_run(
 
 def attach(
     run_dir: str | Path,  # of any run
+    search: Search | None = None,  # to drive it with, for a run that does not say how its model was made
+    tokenizer=None,  # that of the search's model
 ) -> Workbench:
     "A panel over a run that is there: finished, under way in this kernel or elsewhere, or left by a kernel that has ended (then Start goes on with it)."
     run_dir = Path(run_dir)
+    if search is not None:
+        return Workbench(run_dir, lambda say: (search, tokenizer))
     history = History(run_dir)  # raises `ValueError` when there is no run
     recorded = history.settings.get("source")
     if not recorded:
-        return Workbench(run_dir, None, "the run does not say how its model and text were made")
+        return Workbench(run_dir, None, "the run does not say how its model and text were made: attach(run_dir, search, tokenizer) drives it")
     return Workbench(run_dir, lambda say: Source(**{name: recorded[name] for name in Source.__dataclass_fields__ if name in recorded}).make(run_dir, history.config, say))

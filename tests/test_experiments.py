@@ -258,7 +258,7 @@ def test_parameter_files_fit_their_notebook(tmp_path):
 def test_command_line_values_win_over_the_file(tmp_path, monkeypatch):
     "-p overrides -f, and both reach the notebook with their types."
     seen = {}
-    monkeypatch.setattr("evoprune_nb.experiments.run_experiment", lambda notebook, given, name, reports: seen.update(given) or tmp_path)
+    monkeypatch.setattr("evoprune_nb.commands.run_experiment", lambda notebook, given, name, reports: seen.update(given) or tmp_path)
     (tmp_path / "some.yaml").write_text("generations: 5\noffspring: 4")
     assert main(["run", str(DEMO), "-f", str(tmp_path / "some.yaml"), "-p", "generations", "7"]) == 0
     assert check_parameters(DEMO, seen) == {"generations": 7, "offspring": 4}

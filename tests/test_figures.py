@@ -1,12 +1,15 @@
 """Pictures exist at every moment of a run, say what they show, and are the same bytes each time."""
+import dataclasses
 import math
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from helpers import made_up, short_config, small_pools
 
-from evoprune_nb.figures import Figure, comparison_figure, fitness_figure, genome_figure, save_figure, sparsity_figure, stages_figure
+from evoprune_nb.figures import (
+    THEMES, Figure, comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, save_figure, sparsity_figure, stages_figure, swaps, tokens_figure)
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.search import Search
@@ -31,6 +34,18 @@ def histories(small, tmp_path_factory):
     return found | {"unlucky": History(run_dir.parent / "unlucky")}
 
 
+@pytest.fixture(scope="module")
+def steered(small, tmp_path_factory):
+    "A run that was paused, given more offspring, and taken back to its second generation."
+    search = Search(tmp_path_factory.mktemp("runs") / "steered", *small, small_pools(), short_config(), evaluator=lambda *of: dataclasses.replace(made_up(*of), fitness=0.5, disqualified=""))
+    search.send({"command": "set", "setting": "offspring", "value": 6})
+    for _ in range(24):
+        search.step()
+    search.send({"command": "branch", "generation": 1})
+    search.run(progress=False)
+    return History(search.run_dir)
+
+
 def texts(figure) -> str:
     "All text in a figure."
     import matplotlib.text
@@ -38,11 +53,11 @@ def texts(figure) -> str:
     return " | ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text())
 
 
-@pytest.mark.parametrize("draw", [fitness_figure, stages_figure])
-def test_before_the_first_evaluation(histories, draw):
+@pytest.mark.parametrize("draw, message", [(fitness_figure, "no candidate has been evaluated yet"), (stages_figure, "no candidate has been evaluated yet"), (lineage_figure, "no generation is complete yet"), (tokens_figure, "no token has been used yet")])
+def test_before_the_first_evaluation(histories, draw, message):
     "An empty run gives a figure that says that there is nothing yet."
     figure = draw(histories["empty"])
-    assert isinstance(figure, Figure) and "no candidate has been evaluated yet" in texts(figure) and figure._repr_png_()
+    assert isinstance(figure, Figure) and message in texts(figure) and figure._repr_png_()
 
 
 @pytest.mark.parametrize("moment", [*STEPS, "unlucky"])
@@ -53,9 +68,9 @@ def test_fitness_figure(histories, moment, log):
     figure = fitness_figure(history, log)
     axes, *below = figure.axes
     assert axes.get_ylabel() == "KL to the dense model (nats per token)" and axes.get_yscale() == ("log" if log else "linear") and axes.get_title() and axes.get_legend()
-    assert figure.axes[-1].get_xlabel() == "generation" and [lower.get_ylabel() for lower in below] == ["held-out loss\n(nats per token)"] * bool(history.survivors.heldout_loss.notna().any())
+    assert figure.axes[-1].get_xlabel() == "generation" and [lower.get_ylabel() for lower in below] == ["held-out\nperplexity"] * bool(history.survivors.heldout_loss.notna().any())
     (line,) = [line for line in axes.lines if line.get_label() == "survivor"]
-    expected = history.survivors.fitness.astype(float).tolist()
+    expected = history.survivors.fitness.tolist()
     assert list(line.get_xdata()) == [generation + 1 for generation in history.survivors.generation]
     assert all(a == b or math.isnan(a) and math.isnan(b) for a, b in zip(line.get_ydata(), expected, strict=True))
     lost = history.evaluations.query("disqualified != ''").generation.nunique()
@@ -81,18 +96,83 @@ def test_fitness_figure_names_the_fitness(small, tmp_path):
 
 @pytest.mark.parametrize("moment", [*STEPS, "unlucky"])
 def test_stages_figure(histories, moment):
-    "One line per candidate of the generation, a column per stage with its tokens, rank 1 on top, the parent marked once it has entered."
+    "Each candidate has a mark in every stage it reached, at its rank, with lines between; a cross where it fell; rank 1 on top; every candidate is named."
     history = histories[moment]
     figure = stages_figure(history, 0)
     (axes,) = figure.axes
     frame = history.evaluations.query("generation == 0")
     assert axes.get_ylabel() == "rank (1 is best)" and axes.yaxis_inverted() and "generation 1" in axes.get_title()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["stage 1\n0 tuning\n32 scoring", "stage 2\n64 tuning\n48 scoring"]
-    drawn = sorted(point for line in axes.lines for point in zip(line.get_xdata(), line.get_ydata()))
-    ranks = [(stage, rank + 1.0) for stage, group in frame.groupby("stage") for rank in range(len(group))]
-    assert len(axes.lines) == frame.genome.nunique() and drawn == ranks
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stage 1\nbefore tuning\n32 scoring", "stage 2\n64 tuning\n48 scoring"]
+    marks = {(line.get_xdata()[0], line.get_ydata()[0]): line.get_marker() for line in axes.lines if len(line.get_xdata()) == 1}
+    assert sorted(marks) == sorted(zip(frame.stage, frame["rank"]))
+    fell = {(row.stage, row.rank) for row in frame.itertuples() if row.survived is False}
+    assert {where for where, marker in marks.items() if marker == "x"} == fell
+    paths = [list(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_child") and len(line.get_xdata()) == 2 and line.get_xdata()[0] % 1 == 0]
+    assert len(paths) == sum(n - 1 for n in frame.groupby("genome").size())
     assert texts(figure).count("parent") == int(frame.is_parent.any())
     assert isinstance(stages_figure(history), Figure) and figure._repr_png_()
+
+
+def test_rank_changes():
+    "Places are won and lost among those who were in both stages; flips are pairs whose order is not what it was: an oracle by hand."
+    rows = [(0, code, rank) for rank, code in enumerate("abcde", 1)] + [(1, "c", 1), (1, "a", 2), (1, "parent", 3), (1, "b", 4)]
+    frame = pd.DataFrame(rows, columns=["stage", "genome", "rank"])
+    changes, flips, pairs = rank_changes(frame, 1)
+    assert changes == {"a": -1, "b": -1, "c": 2} and (flips, pairs) == (2, 3)
+    assert rank_changes(frame[frame.stage == 0], 1) == ({}, 0, 0)
+
+
+def test_lineage(histories, small):
+    "From the start to the winner, each step by the swaps between two winners; the picture has a triangle for each."
+    history, space = histories["finished"], small[1].space
+    path = lineage(history)
+    assert path[0] == (-1, history.start) and path[-1] == (2, history.winner) and [generation for generation, _ in path] == [-1, 0, 1, 2]
+    changes = [swap for (_, a), (_, b) in zip(path, path[1:]) for swap in swaps(a, b, space)]
+    figure = lineage_figure(history)
+    assert sum(len(dots.get_offsets()) for axes in figure.axes[:2] for dots in axes.collections) == len(changes)
+    assert figure.axes[0].images[0].get_array()[:, -1].tolist() == pytest.approx([100 * space.kept(i, level) / 6 for i, level in enumerate(history.winner.attn)])
+
+
+def test_genome_figure_frames_what_changed(small):
+    "Beside its parent, exactly the changed units are framed, and the title counts them."
+    space = small[1].space
+    parent, child = space.genome([1, 0, 6, 3, 10, 5]), space.genome([1, 1, 6, 3, 9, 5])
+    axes = genome_figure(child, space, "c1", parent).axes[1]
+    assert "2 units changed" in axes.get_title() and [(round(patch.get_x() + 0.46), round(patch.get_y() + 0.46)) for patch in axes.patches] == [(1, 0), (1, 1)]
+    assert "the same" in genome_figure(parent, space, "c1", parent).axes[1].get_title()
+
+
+@pytest.mark.parametrize("moment", [*STEPS, "unlucky"])
+def test_tokens_figure(histories, moment):
+    "The last bar is what the run has used; the plan ends at what it will use."
+    history = histories[moment]
+    (axes,) = tokens_figure(history).axes
+    tops = [max(patch.get_y() + patch.get_height() for patch in container) for container in axes.containers]
+    assert max(tops) == pytest.approx(sum(history.tokens.values()))
+    assert axes.lines[0].get_ydata()[-1] == sum(history.planned_tokens.values())
+
+
+def test_steering_is_marked(steered):
+    "Settings, frozen units and branches are marked where they came; pausing is not; a branch that was left is pale."
+    axes = fitness_figure(steered).axes[0]
+    words = texts(axes.figure)
+    assert "offspring → 6" in words and "back to generation 2" in words and "pause" not in words
+    assert [line.get_label() for line in axes.lines if line.get_alpha()] == ["left branch 0"]
+    assert len(lineage(steered)) == 1 + len(steered.line) and lineage_figure(steered)._repr_png_()
+
+
+@pytest.mark.parametrize("draw", [fitness_figure, stages_figure, lineage_figure, tokens_figure])
+@pytest.mark.parametrize("theme", THEMES)
+def test_themes(histories, draw, theme):
+    "Paper and ink are those of the theme, in an empty picture too; another name is refused."
+    from matplotlib.colors import to_hex
+
+    for moment in ("empty", "finished"):
+        figure = draw(histories[moment], theme=theme)
+        assert THEMES[theme].paper == "none" or to_hex(figure.get_facecolor()) == THEMES[theme].paper
+        assert moment == "empty" or to_hex(figure.axes[0].title.get_color()) == THEMES[theme].ink
+    with pytest.raises(ValueError, match="light, dark, page"):
+        draw(histories["finished"], theme="sepia")
 
 
 @pytest.mark.parametrize("levels", [[0] * 6, [6, 6, 6, 10, 10, 10], [1, 0, 6, 3, 10, 5]])
@@ -142,7 +222,7 @@ def test_comparison_figure(dense):
 
 
 DRAW = {
-    "fitness": fitness_figure, "stages": stages_figure, "genome": lambda history: genome_figure(history.winner, history.space),
+    "fitness": fitness_figure, "stages": stages_figure, "lineage": lineage_figure, "tokens": tokens_figure, "genome": lambda history: genome_figure(history.winner, history.space),
     "sparsity": lambda history: sparsity_figure(history.winner, history.space), "comparison": lambda _: comparison_figure(ROWS, 19.3)}
 
 
@@ -178,7 +258,7 @@ import sys
 from evoprune_nb.figures import *
 from evoprune_nb.history import History
 history = History(sys.argv[1])
-for figure in (fitness_figure(history), stages_figure(history), genome_figure(history.winner, history.space), sparsity_figure(history.winner, history.space)):
+for figure in (fitness_figure(history), stages_figure(history), lineage_figure(history), tokens_figure(history), genome_figure(history.winner, history.space), sparsity_figure(history.winner, history.space)):
     figure._repr_png_(), save_figure(figure, sys.argv[2] + "/figure")
 sys.exit("pyplot was imported" if "matplotlib.pyplot" in sys.modules else 0)
 """
