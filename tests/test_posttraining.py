@@ -178,6 +178,21 @@ def test_accumulation_is_a_larger_batch(exported, corpus, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
+def test_two_processes_are_a_larger_batch(exported, corpus, tmp_path):
+    "Two processes, started by torchrun, train on half of each batch each, and end at the weights of one process, up to rounding."
+    plan = dict(n_tokens=4 * 4 * 32, seq_len=32, lr=1e-3, shuffle_blocks=4, autocast=False)
+    large, call = post_train(exported, tmp_path / "one", corpus, PostTraining(batch_size=4, **plan)), (str(exported), str(tmp_path / "two"), PostTraining(batch_size=2, **plan), str(corpus))
+    script = tmp_path / "script.py"
+    script.write_text(f"from evoprune_nb.posttraining import *\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(weights(large).values(), weights(tmp_path / "two").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    record = json.loads((tmp_path / "two" / "posttraining.json").read_text())
+    assert record["devices"] == 2 and record["tokens"] == 4 * 4 * 32
+
+
 def test_result_is_a_checkpoint_like_its_source(exported, whole):
     "Same configuration, code and tokenizer, same shapes; plain transformers loads it; what was done is on record; no checkpoint is left."
     from transformers import AutoModelForCausalLM
