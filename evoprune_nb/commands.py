@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'main']
 
-# %% ../nbs/14a_commands.ipynb #e50d43dd
+# %% ../nbs/14a_commands.ipynb #74ef5e57
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import MISSING, fields
@@ -214,7 +215,7 @@ def _plan(options: argparse.Namespace) -> None:
     for line in planned.too_large():
         print(f"too large: {line}")
 
-# %% ../nbs/14a_commands.ipynb #362c9d9a
+# %% ../nbs/14a_commands.ipynb #22613c8d
 def _add_post_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser("post-train", help="post-train a checkpoint, or the winner of a run, with transformers.Trainer")
     train.add_argument("source", metavar="SOURCE", help="exported directory, or run directory")
@@ -247,7 +248,8 @@ def _post_train(options: argparse.Namespace) -> None:
         source = _checkpoint(options.source, options, scratch)
         more = dict(teacher=options.teacher, checkpoint_tokens=options.checkpoint_tokens, use_cpu=options.cpu, report_to=options.report_to)
         out = post_train_checkpoint(source, options.out, settings, options.text, options.column, **more)
-    print(f"post-trained model: {out.resolve()}")
+    if int(os.environ.get("RANK", 0)) == 0:  # one of several processes speaks
+        print(f"post-trained model: {out.resolve()}")
 
 # %% ../nbs/14a_commands.ipynb #31929537
 FORMATS = ("hf", "padded", "gguf")

@@ -158,7 +158,8 @@ def test_what_is_written(made, tokenizer, tmp_path):
     assert f"{sum(p.numel() for p in candidate.parameters()):,} parameters" in card and "Base model: small." in card
     assert "| query heads by layer | 5 0 5 |" in card and "| MLP channels by layer | 40 0 40 |" in card
     source = (directory / "modeling_pruned.py").read_text()
-    assert "evoprune_nb" not in source and "import nbdev" not in source
+    assert "evoprune_nb" not in source and "nbdev" not in source and "\n\n\n\n" not in source and source.startswith('"""A pruned LlamaForCausalLM')
+    assert compile(source, "modeling_pruned.py", "exec") and str(tmp_path) not in (directory / "config.json").read_text()
 
 
 def test_a_used_directory_is_refused(made, tokenizer, tmp_path):
