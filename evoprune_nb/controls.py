@@ -48,7 +48,7 @@ def labelled(label: str, field: widgets.Widget, width: str = "150px") -> widgets
     name = widgets.HTML(f'<span class="evo-quiet">{escape(label)}</span>', layout=widgets.Layout(margin="0"))
     return widgets.Box([name, field], layout=widgets.Layout(flex_flow="column", flex="0 0 auto", overflow="visible"))
 
-# %% ../nbs/12b_controls.ipynb #64abb1c1
+# %% ../nbs/12b_controls.ipynb #528630e7
 def level_color(
     share: float,  # kept, 0 to 1
 ) -> tuple[str, str]:
@@ -85,6 +85,9 @@ class GenomeEditor:
         for index, unit in enumerate(self.space.units):
             cell = widgets.Button(layout=widgets.Layout(grid_area=f"{2 if unit.kind == 'attn' else 3} / {unit.layer + 2}", width="auto", height="34px", margin="0"))
             cell.add_class("evo-cell")
+            if unit.n_structures > 999 and n_layers > 16:  # no room for four digits side by side
+                cell.add_class("evo-tall")
+                cell.layout.height = "58px"
             cell.on_click(lambda _, index=index: self.select(index))
             self.cells.append(cell)
         self.grid = widgets.GridBox(labels + self.cells, layout=widgets.Layout(grid_template_columns=f"62px repeat({n_layers}, minmax(30px, 1fr))", grid_gap="4px", width="100%", overflow="auto", padding="3px"))

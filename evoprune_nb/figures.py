@@ -176,7 +176,7 @@ def fitness_figure(
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #17c54c21
+# %% ../nbs/12_figures.ipynb #8072a476
 def _kept_table(genome: Genome, space: Space) -> tuple[np.ndarray, dict[tuple[int, int], int]]:
     "Share kept, (2, layers), and the number kept by (row, layer)."
     share, kept = np.full((2, max(unit.layer for unit in space.units) + 1), np.nan), {}
@@ -197,7 +197,7 @@ def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, 
     many = share.shape[1] > 12
     for (row, column), n in kept.items():
         ink = "black" if share[row, column] > 0.6 else "white"
-        axes.text(column, row, n, ha="center", va="center", fontsize=8, rotation=90 if many and row else 0, color=ink)
+        axes.text(column, row, n, ha="center", va="center", fontsize=8, rotation=270 if many and row else 0, color=ink)
         if before is not None and share[row, column] != before[row, column]:
             more = share[row, column] > before[row, column]
             axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=2.2, zorder=3))

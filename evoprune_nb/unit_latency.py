@@ -6,7 +6,7 @@
 __all__ = ['PHASES', 'unit_shape', 'UnitLatency', 'with_latency', 'device_name', 'open_unit_latency', 'measure_unit_latency',
            'require_latency']
 
-# %% ../nbs/05a_unit_latency.ipynb #854ac7b6
+# %% ../nbs/05a_unit_latency.ipynb #1f6a9879
 import copy
 import hashlib
 import json
@@ -15,6 +15,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def _lone_sublayer(model: nn.Module, database: LevelDatabase, unit: int, level: 
     drop_sublayer(layer, "mlp" if row.kind == "attn" else "attn", layer_norms(layer))
     return layer
 
-# %% ../nbs/05a_unit_latency.ipynb #d1ac942e
+# %% ../nbs/05a_unit_latency.ipynb #52f64fe2
 def _copied(cache, entry: int):
     "A cache that can be appended to without changing the original."
     new = copy.copy(cache)
@@ -83,41 +84,50 @@ def _copied(cache, entry: int):
     return new
 
 
-def _actions(layer: nn.Module, calls: dict, config) -> dict[str, Callable[[], object]]:
-    "Per phase: a function that calls the layer once."
+def _actions(layers: list[nn.Module], calls: dict, config) -> dict[str, list[Callable[[], object]]]:
+    "Per phase: functions that call each of the (equal) layers once."
     from transformers.cache_utils import Cache, DynamicCache
 
-    attention = layer.self_attn
+    attention = layers[0].self_attn
     if attention is None:
-        return {phase: lambda args=args, kwargs=kwargs: layer(*args, **kwargs) for phase, (args, kwargs) in calls.items()}
-    name = next(name for name, value in calls["prefill"][1].items() if isinstance(value, Cache))
-    empty, entry = DynamicCache(config=config), attention.layer_idx
+        return {phase: [partial(layer, *args, **kwargs) for layer in layers] for phase, (args, kwargs) in calls.items()}
+    (args, kwargs), entry = calls["prefill"], attention.layer_idx
+    name = next(name for name, value in kwargs.items() if isinstance(value, Cache))
+    empty = DynamicCache(config=config)
     full = _copied(empty, entry)
-    calls["prefill"][1][name] = full
-    args, kwargs = calls["prefill"]
-    layer(*args, **kwargs)  # fills the cache with this sublayer's own keys and values
+    layers[0](*args, **kwargs | {name: full})  # fills the cache with this sublayer's own keys and values
     before = {"prefill": empty, "decode": full}
-    return {phase: lambda args=args, rest=kwargs | {name: None}, phase=phase: layer(*args, **rest | {name: _copied(before[phase], entry)}) for phase, (args, kwargs) in calls.items()}
+    call = lambda layer, phase: layer(*calls[phase][0], **calls[phase][1] | {name: _copied(before[phase], entry)})
+    return {phase: [partial(call, layer, phase) for layer in layers] for phase in calls}
 
-# %% ../nbs/05a_unit_latency.ipynb #b7d72d18
+# %% ../nbs/05a_unit_latency.ipynb #881479d9
 _LEAST_SECONDS = 0.003  # of a measurement
+_CACHE_BYTES = 128 * 2**20  # more than processors keep
 
 
-def _repeated(action: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
-    "The action as often in a row as takes a few milliseconds, and how often that is."
-    action()
-    n = max(1, math.ceil(_LEAST_SECONDS / _seconds(action, device)))
-    return lambda: [action() for _ in range(n)], n
+def _copies(layer: nn.Module, n_layers: int) -> list[nn.Module]:
+    "The layer and copies of its weights, together as large as the layers of a model, or larger than caches."
+    n_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+    shared = {id(module.config): module.config for module in layer.modules() if hasattr(module, "config")}
+    return [layer] + [copy.deepcopy(layer, dict(shared)) for _ in range(min(n_layers, -(-_CACHE_BYTES // n_bytes)) - 1)]
+
+
+def _repeated(actions: list[Callable[[], object]], device: torch.device) -> tuple[Callable[[], object], int]:
+    "All actions, as often in a row as takes a few milliseconds, and the number of calls."
+    once = lambda: [action() for action in actions]
+    once()
+    rounds = max(1, math.ceil(_LEAST_SECONDS / _seconds(once, device)))
+    return lambda: [once() for _ in range(rounds)], rounds * len(actions)
 
 
 @torch.no_grad()
-def _timed(actions: dict[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
-    "Per action: median and quartiles of the seconds of one call."
-    repeated = {name: _repeated(action, device) for name, action in actions.items()}
+def _timed(actions: dict[str, list[Callable[[], object]]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
+    "Per name: median and quartiles of the seconds of one call."
+    repeated = {name: _repeated(calls, device) for name, calls in actions.items()}
     timings = time_each({name: action for name, (action, _) in repeated.items()}, device, warmup, repeats)
     return {name: [seconds / repeated[name][1] for seconds in (timing.median, *timing.quartiles)] for name, timing in timings.items()}
 
-# %% ../nbs/05a_unit_latency.ipynb #e1797ff3
+# %% ../nbs/05a_unit_latency.ipynb #85271119
 def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
     "The dense model without decoder layers."
     candidate = materialize(model, database, database.space.genome([0] * len(database.units)), trainable=False)
@@ -126,9 +136,9 @@ def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
     return candidate
 
 
-def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, Callable[[], object]]:
+def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, list[Callable[[], object]]]:
     prompt = _prompt(bare, batch_size, prompt_tokens)
-    return {phase: lambda tokens=tokens: bare(input_ids=tokens, use_cache=True, logits_to_keep=1) for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
+    return {phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)] for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
 
 # %% ../nbs/05a_unit_latency.ipynb #11b6762d
 @dataclass(frozen=True)
@@ -209,7 +219,7 @@ def open_unit_latency(
         raise ValueError(f"{path} is unfinished: {len(missing)} of {len(needed)} shapes are missing; call measure_unit_latency again to continue")
     return UnitLatency(row["conditions"], shapes, row["seconds"])
 
-# %% ../nbs/05a_unit_latency.ipynb #539930c3
+# %% ../nbs/05a_unit_latency.ipynb #fe57c5f1
 def measure_unit_latency(
     model: nn.Module,  # the dense model, on the device and in the dtype that count
     database: LevelDatabase,  # its level database
@@ -264,9 +274,9 @@ def _measure(model: nn.Module, database: LevelDatabase, table: dict, prompt: tup
             mine = {shape: level for shape, (other, level) in missing.items() if other == unit}
             calls, actions = _recorded_calls(model, database.units[unit].layer, *prompt), {}
             for shape, level in mine.items():
-                phases = {phase: (args, dict(kwargs)) for phase, (args, kwargs) in calls.items()}
+                layers = _copies(_lone_sublayer(model, database, unit, level), len(decoder_layers(model)[1]))
                 with torch.no_grad():
-                    actions |= {(shape, phase): action for phase, action in _actions(_lone_sublayer(model, database, unit, level), phases, model.config).items()}
+                    actions |= {(shape, phase): each for phase, each in _actions(layers, calls, model.config).items()}
             timed = _timed(actions, model.device, *turns)
             yield {shape: {phase: timed[shape, phase] for phase in PHASES} for shape in mine}
             bar.update(len(mine))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Background', 'continue_prompt', 'card', 'Workbench', 'database_progress', 'open_run', 'attach']
 
-# %% ../nbs/13_workbench.ipynb #7c8f3fd0
+# %% ../nbs/13_workbench.ipynb #7a588913
 import json
 import os
 import queue
@@ -38,9 +38,10 @@ from .pruning import build_database
 from .runs import read_state
 from .search import Search, check_search
 from .steering import SearchConfig, describe
+from .unit_latency import measure_unit_latency, with_latency
 from .worker import Worker, worker_of
 
-# %% ../nbs/13_workbench.ipynb #be8bcfe5
+# %% ../nbs/13_workbench.ipynb #0cafadfa
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No progress bars of transformers: in a thread, they would appear below whatever cell ran last."
@@ -66,6 +67,7 @@ class Source:
     calibration_tokens: int = 32768  # for the level database
     heads: str = "free"  # how heads are counted off, as for `build_database`
     n_levels: int = 10  # as for `build_database`
+    latency: bool = False  # time the units, on prompts of seq_len tokens, so that the latency of candidates can be estimated and limited
 
     def make(
         self,
@@ -83,6 +85,9 @@ class Source:
         say("building the level database")
         blocks = pools["calibration"].draw(self.calibration_tokens, seed=0)
         database = build_database(model, blocks, run_dir / "database", self.heads, self.n_levels, progress=False)
+        if self.latency and (not (run_dir / "config.json").exists() or "latency" in (config.limits or {})):  # a run keeps the costs that it began with
+            say("timing the units")
+            database.space = with_latency(database.space, measure_unit_latency(model, database, prompt_tokens=self.seq_len, progress=False))
         say("opening the run")
         return Search(run_dir, model, database, pools, config, source=asdict(self)), tokenizer
 
@@ -149,7 +154,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #7b7b273a
+# %% ../nbs/13_workbench.ipynb #04db54c7
 _ACTIVE = ("running", "paused")
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
@@ -216,12 +221,12 @@ class Workbench:
         self.views = {name: _html() for name in ("fitness", "genome", "stages", "lineage", "winners", "costs", "tokens", "budget", "log")}
         self._editor_box, self._form_box = widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible")), widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible"))
         half = "1 1 440px"
+        self._genome_card = card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
         parts = [
             card("Run", self.say, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, self.failure, row(self.note, self.add_note)),
             card("Moment", row(self.moment, self.live, self.back), hint="all pictures show the run as it was after this generation"),
             card("Fitness", self.views["fitness"], row(self.log_scale), flex=half), card("Stages", self.views["stages"], flex=half, hint="lines that cross are rank flips"),
-            card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent"),
-            card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
+            self._genome_card, card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
             card("Edit", self._editor_box, hint="press a cell to change or freeze its unit; Inject lets the draft compete"),
             card("Lineage", self.views["lineage"], self.views["winners"], flex=half), card("Steer", self._form_box, flex=half),
             card("Budget and data", self.views["tokens"], self.views["budget"], flex=half), card("Log of commands", self.views["log"], flex=half)]
@@ -543,6 +548,8 @@ class Workbench:
         if self.editor is None:
             self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send, [measure for measure in space.costs if measure != "params"])
             self._editor_box.children, self._form_box.children = [self.editor.widget], [self.form.widget]
+            if max(unit.layer for unit in space.units) > 15:  # many cells: legible only in a whole line
+                self._genome_card.layout.flex = "1 1 100%"
         self.editor.follow(parent, budget, rules.frozen, active)
         self.form.follow(rules, active)
 

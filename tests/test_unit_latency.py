@@ -59,14 +59,14 @@ def test_what_is_timed_is_what_the_model_computes(family, tmp_path):
         calls = unit_latency._recorded_calls(model, 0, 2, 12)
         (args, kwargs), outputs = calls[phase], []
         with torch.no_grad():
-            attention = unit_latency._actions(unit_latency._lone_sublayer(model, database, 0, 0), {p: (a, dict(k)) for p, (a, k) in calls.items()}, model.config)[phase]
-            first, second = attention(), attention()
+            attention = unit_latency._actions(unit_latency._copies(unit_latency._lone_sublayer(model, database, 0, 0), n_layers), calls, model.config)[phase]
+            first, second, copied = attention[0](), attention[0](), attention[1]()
             mlp = unit_latency._lone_sublayer(model, database, n_layers, 0)
             taken = []
             hook = decoder_layers(model)[1][0].register_forward_hook(lambda module, _, output: taken.append(output))
             unit_latency._recorded_calls(model, 0, 2, 12)
             hook.remove()
-        assert torch.equal(first, second)
+        assert len(attention) == n_layers and torch.equal(first, second) and torch.equal(first, copied)
         whole = taken[PHASES.index(phase)]
         whole = whole[0] if isinstance(whole, tuple) else whole
         torch.testing.assert_close(mlp(first), whole)
