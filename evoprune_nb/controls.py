@@ -48,7 +48,7 @@ def labelled(label: str, field: widgets.Widget, width: str = "150px") -> widgets
     name = widgets.HTML(f'<span class="evo-quiet">{escape(label)}</span>', layout=widgets.Layout(margin="0"))
     return widgets.Box([name, field], layout=widgets.Layout(flex_flow="column", flex="0 0 auto", overflow="visible"))
 
-# %% ../nbs/12b_controls.ipynb #64abb1c1
+# %% ../nbs/12b_controls.ipynb #528630e7
 def level_color(
     share: float,  # kept, 0 to 1
 ) -> tuple[str, str]:
@@ -85,6 +85,9 @@ class GenomeEditor:
         for index, unit in enumerate(self.space.units):
             cell = widgets.Button(layout=widgets.Layout(grid_area=f"{2 if unit.kind == 'attn' else 3} / {unit.layer + 2}", width="auto", height="34px", margin="0"))
             cell.add_class("evo-cell")
+            if unit.n_structures > 999 and n_layers > 16:  # no room for four digits side by side
+                cell.add_class("evo-tall")
+                cell.layout.height = "58px"
             cell.on_click(lambda _, index=index: self.select(index))
             self.cells.append(cell)
         self.grid = widgets.GridBox(labels + self.cells, layout=widgets.Layout(grid_template_columns=f"62px repeat({n_layers}, minmax(30px, 1fr))", grid_gap="4px", width="100%", overflow="auto", padding="3px"))
@@ -245,7 +248,10 @@ class StageTable:
         self._body.children = [head, *lines]
         self.remove.disabled = len(stages) == 1
 
-# %% ../nbs/12b_controls.ipynb #f041b45a
+# %% ../nbs/12b_controls.ipynb #7690086d
+_LIMITS = {"flops": "FLOPs", "kv_bytes": "K/V cache", "latency": "latency"}  # measure → name of its field
+
+
 class SettingsForm:
     "Fields for every setting that can be changed while the search runs."
 
@@ -253,6 +259,7 @@ class SettingsForm:
         self,
         rules: Rules,  # in force
         send: Callable[[dict], bool],  # takes a command; whether it was accepted
+        measures: Collection[str] = (),  # costs, besides parameters, that can be limited
     ):
         self.send, self.rules, self._filling, self._sent = send, rules, False, {}
         number = lambda tooltip, **limits: widgets.BoundedIntText(1, tooltip=tooltip, **limits)
@@ -261,32 +268,35 @@ class SettingsForm:
             "offspring": number("λ: candidates per generation", min=1, max=10_000), "max_flips": number("Strength of the mutation: swaps = the smaller of two draws from 1 to this", min=1, max=1000),
             "operator": choice(OPERATORS, "How offspring are made"), "fitness": choice(FITNESS, "What candidates are scored by; lower is better"),
             "lr": widgets.FloatText(tooltip="Learning rate of the tuning"), "generations": number("Generations in all", min=1, max=1_000_000)}
-        self.target_kind = widgets.Dropdown(options=["sparsity", "params"], tooltip="What the target means: a share of structures to remove, or a number of parameters")
+        self.target_kind = widgets.Dropdown(options=["sparsity", "params", "limits only"], tooltip="What the target means: a share of structures to remove, or a number of parameters")
         self.target = widgets.FloatText(tooltip="Moving the target re-targets the parent by the cheapest level changes; the log says which")
-        for field in (*self.fields.values(), self.target_kind, self.target):
+        self.limits = {measure: widgets.BoundedFloatText(0, min=0, max=1, step=0.05, tooltip=f"At most this share of the dense model's {MEASURES[measure]}; 0 for no limit. The parent is re-targeted") for measure in measures}
+        for field in (*self.fields.values(), self.target_kind, self.target, *self.limits.values()):
             field.observe(lambda _: self._touched(), "value")
         self.stages = StageTable(self._touched)
         self.when = widgets.ToggleButtons(options=[("next generation", "next"), ("now", "now")], tooltips=["The generation under way is finished under the old rules", "The generation under way is abandoned, and begun again with the new rules"], style={"button_width": "auto"})
         self.apply = button("Apply", "Send the changed settings, one command each", self._apply, "check", "primary")
         self.undo = button("Reset", "Show the settings in force again", lambda: self.fill(self.rules), "undo")
         names = {"offspring": "offspring (λ)", "max_flips": "mutation strength", "operator": "mutation operator", "lr": "learning rate"}
-        settings = row(*(labelled(names.get(name, name), field, "142px") for name, field in self.fields.items()), labelled("target", self.target_kind, "142px"), labelled("value", self.target, "142px"))
+        settings = row(*(labelled(names.get(name, name), field, "142px") for name, field in self.fields.items()), labelled("target", self.target_kind, "142px"), labelled("value", self.target, "142px"),
+                       *(labelled(f"limit on {_LIMITS[measure]}", field, "142px") for measure, field in self.limits.items()))
         takes_effect = row(widgets.HTML('<span class="evo-quiet">takes effect</span>'), self.when, self.apply, self.undo)
         self.widget = widgets.VBox([settings, self.stages.widget, takes_effect], layout=widgets.Layout(width="100%", overflow="visible", grid_gap="10px"))
         self.enabled = True
         self.fill(rules)
 
-    @staticmethod
-    def _values(rules: Rules) -> dict:
+    def _values(self, rules: Rules) -> dict:
         "Settings as fields show them."
-        kind = "params" if rules.params is not None else "sparsity"
+        kind = "params" if rules.params is not None else "sparsity" if rules.sparsity is not None else "limits only"
         return {"offspring": rules.offspring, "max_flips": rules.max_flips, "operator": rules.operator, "fitness": rules.fitness, "lr": rules.lr, "generations": rules.generations,
-                "target": (kind, getattr(rules, kind)), "stages": tuple(rules.stages)}
+                "target": (kind, getattr(rules, kind, 0)), "limits": {measure: share for measure, share in (rules.limits or {}).items() if share}, "stages": tuple(rules.stages)}
 
     def _shown(self) -> dict:
         kind, value = self.target_kind.value, self.target.value
-        target = (kind, int(value) if kind == "params" else value)
-        return {name: field.value for name, field in self.fields.items()} | {"target": target, "stages": self.stages.value}
+        target = (kind, int(value) if kind == "params" else value if kind == "sparsity" else 0)
+        kept = {measure: share for measure, share in (self.rules.limits or {}).items() if measure not in self.limits}  # no field shows them
+        limits = kept | {measure: field.value for measure, field in self.limits.items() if field.value}
+        return {name: field.value for name, field in self.fields.items()} | {"target": target, "limits": limits, "stages": self.stages.value}
 
     def fill(self, rules: Rules) -> None:
         "Show rules, whatever the fields held."
@@ -294,7 +304,9 @@ class SettingsForm:
         values = self._values(rules)
         for name, field in self.fields.items():
             field.value = values[name]
-        self.target_kind.value, self.target.value = values["target"][0], values["target"][1] or 0
+        self.target_kind.value, self.target.value = values["target"]
+        for measure, field in self.limits.items():
+            field.value = values["limits"].get(measure, 0)
         self.stages.value = values["stages"]
         self._filling = False
         self._touched()
@@ -315,7 +327,8 @@ class SettingsForm:
         for name in sorted(after, key=lambda name: name == "offspring" and after[name] < before[name]):  # fewer offspring only after the stages that fit them
             if after[name] not in (before[name], self._sent.get(name)):
                 setting, value = after[name] if name == "target" else (name, after[name])
-                commands.append({"command": "set", "setting": setting, "value": [vars(stage) for stage in value] if name == "stages" else value, "when": self.when.value})
+                value = [vars(stage) for stage in value] if name == "stages" else value or None if name == "limits" else value
+                commands.append({"command": "set", "setting": setting, "value": value, "when": self.when.value})
         return commands
 
     def _touched(self) -> None:

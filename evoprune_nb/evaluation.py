@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HeldOut', 'evaluate', 'write_task', 'TaskScore', 'load_tasks', 'zero_shot', 'EvaluationReport', 'evaluation_report']
 
-# %% ../nbs/09_evaluation.ipynb #152e4ffa
+# %% ../nbs/09_evaluation.ipynb #6ab69e63
 import contextlib
 import copy
 import difflib
@@ -125,10 +125,10 @@ def _score(name: str, row: dict, results: dict) -> TaskScore:
     metrics = {key: value for key, value in values.items() if "_stderr" not in key}
     return TaskScore(metrics, stderr, results["n-samples"].get(name, {}).get("effective"), results["versions"].get(name))
 
-# %% ../nbs/09_evaluation.ipynb #ae07f06a
+# %% ../nbs/09_evaluation.ipynb #31ca4d6e
 @contextlib.contextmanager
 def _keeping_random_state() -> Iterator[None]:
-    "Python's global random generator, which the harness seeds, is left as it was."
+    "Python's global random generator, from which the harness draws, is left as it was."
     state = random.getstate()
     try:
         yield
@@ -151,7 +151,7 @@ def _log_level(name: str, level: int) -> Iterator[None]:
 @_keeping_random_state()
 def load_tasks(
     tasks: Sequence[str | Path],  # names that lm-evaluation-harness knows, or task files (.yaml), e.g. from `write_task`
-) -> list:
+) -> dict:
     "Tasks of lm-evaluation-harness, their data included. Raises `ValueError` for an unknown task, `RuntimeError` when the harness is not installed."
     try:
         from lm_eval.tasks import TaskManager
@@ -170,15 +170,16 @@ def load_tasks(
                 near = difflib.get_close_matches(name, manager.all_tasks, n=3)
                 raise ValueError(f"lm-evaluation-harness {metadata.version('lm_eval')} knows no task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         loaded = manager.load(names)
-    grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    return [*loaded["groups"].values(), *(task for task in loaded["tasks"].values() if task not in grouped)]
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+    return loaded
 
-# %% ../nbs/09_evaluation.ipynb #9b9f1b06
+# %% ../nbs/09_evaluation.ipynb #67ec3416
 @_keeping_random_state()
 def zero_shot(
     model: nn.Module,  # a causal LM: dense, candidate or reloaded
     tokenizer,  # its tokenizer, unchanged
-    tasks: Sequence,  # as in `load_tasks`, or what it returned
+    tasks: Sequence[str | Path] | dict,  # as in `load_tasks`, or what it returned
     limit: int | None = None,  # only the first so many questions of each task
     batch_size: int = 16,  # sequences per forward pass
     progress: bool = False,  # show the harness's progress bars
@@ -186,16 +187,14 @@ def zero_shot(
     "Scores by task, computed by lm-evaluation-harness without examples in the prompt."
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 question per task; got {limit}")
-    if all(isinstance(task, (str, Path)) for task in tasks):
-        tasks = load_tasks(tasks)
+    tasks = tasks if isinstance(tasks, dict) else load_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     was_training, quiet = model.training, contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     with quiet, _log_level("lm_eval", logging.ERROR):
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        seeds = dict(random_seed=None, numpy_random_seed=None, torch_random_seed=None)
-        results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False, **seeds)
+        results = lm_eval.evaluate(wrapped, tasks, limit=limit, log_samples=False)
     model.train(was_training)
     return {name: _score(name, row, results) for name, row in results["results"].items()}
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ParameterError', 'notebook_parameters', 'check_parameters', 'file_hash', 'Report', 'text_table', 'write_html',
-           'run_experiment']
+           'run_experiment', 'to_notebook']
 
-# %% ../nbs/14_experiments.ipynb #4f347ecb
+# %% ../nbs/14_experiments.ipynb #e33d200b
 import hashlib
 import json
+import pprint
 import re
 import shutil
 import sys
@@ -18,8 +19,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from .data import SPLITS
 from .figures import Figure, save_figure
+from .history import History
 from .runs import provenance
+from .worker import commands_of
 
 # %% ../nbs/14_experiments.ipynb #029b9f66
 _TYPES = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
@@ -193,3 +197,92 @@ def run_experiment(
     running.unlink()
     write_html(executed, directory / "report.html", directory.name)
     return directory
+
+# %% ../nbs/14_experiments.ipynb #e8480c78
+_REPLAY_PARAMETERS = {  # name → type, meaning; values come from the run's own description of its source
+    "model_name": ("str", '"tiny", "smollm2-135m", a local directory or a hub id'),
+    "dtype": ("str", "of the weights"),
+    "device": ("str", "a torch device"),
+    "text": ("str", "embedded name, local .txt/.jsonl/.parquet file, or 🤗 datasets id"),
+    "text_column": ("str", "column that holds the text"),
+    "seq_len": ("int", "tokens per block"),
+    "calibration_tokens": ("int", "for the level database"),
+    "heads": ("str", 'how heads are counted off: "free", "query" or "group"'),
+    "n_levels": ("int", "steps from dense to gone"),
+}
+_REPLAY_LOAD = """\
+from pathlib import Path
+
+import pandas as pd
+
+from evoprune_nb.data import load_pools
+from evoprune_nb.experiments import Report
+from evoprune_nb.figures import fitness_figure, genome_figure
+from evoprune_nb.history import History
+from evoprune_nb.models import load_model
+from evoprune_nb.pruning import build_database
+from evoprune_nb.search import Search, SearchConfig, fingerprints
+from evoprune_nb.steering import describe
+from evoprune_nb.worker import follow
+
+source = dict({names})
+report = Report(report_dir, source, device)
+config = SearchConfig.from_dict(settings)
+model, tokenizer = load_model(model_name, dtype, device)
+pools = load_pools(text, tokenizer, seq_len, pool_tokens, text_column)
+calibration = {calibration}
+database = build_database(model, calibration, Path(run_dir) / "database", heads, n_levels)
+here = fingerprints(database, pools, config)
+differing = [f"{{name}} ({{then}} there, {{here.get(name)}} here)" for name, then in recorded_fingerprints.items() if here.get(name) != then]
+if differing:
+    raise ValueError(f"this is not what was searched in then: {{', '.join(differing)}}")"""
+_REPLAY_RUN = """\
+search = Search(run_dir, model, database, pools, config, source=source)
+winner = follow(search, commands)
+history = History(run_dir)
+found = history.survivors[["branch", "generation", "genome"]].values.tolist()
+if found[: len(survivors)] != survivors:
+    first = next(i for i, row in enumerate(survivors) if found[i : i + 1] != [row])
+    raise ValueError(f"other genomes than then, first in branch, generation, genome {survivors[first]}: here {found[first : first + 1]}")
+print(winner)"""
+
+
+def to_notebook(
+    run_dir: str | Path,  # of any run, steered or not
+    path: str | Path,  # of the notebook to be written
+    source: dict | None = None,  # how model, database and text were made, for a run that does not say: see `_REPLAY_PARAMETERS`
+) -> Path:
+    "Write an experiment notebook that repeats a run headless to the same genomes. Raises `ValueError` when it is not known how its model and text were made."
+    import nbformat
+
+    history, path = History(run_dir), Path(path)
+    known = {"device": "cpu", "dtype": "float32", "text_column": "text", "heads": "free", "n_levels": 10} | (source or history.source or {})
+    if missing := [name for name in _REPLAY_PARAMETERS if name not in known]:
+        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {', '.join(missing)}")
+    pool_tokens = {name: row["n_tokens"] for name, row in history.settings.get("pools", {}).items()} or dict.fromkeys(SPLITS)
+    literals = {
+        "pool_tokens": {"calibration": None} | pool_tokens, "settings": history.settings["config"], "recorded_fingerprints": history.settings["fingerprints"],
+        "commands": commands_of(run_dir), "survivors": history.survivors[["branch", "generation", "genome"]].values.tolist()}
+    own = [f"run_dir: str = 'runs/{path.stem}'  # where the search is written; run again to continue", f"report_dir: str = 'reports/{path.stem}'  # where the report goes"]
+    parameters = [f"{name}: {kind} = {known[name]!r}  # {meaning}" for name, (kind, meaning) in _REPLAY_PARAMETERS.items()] + own
+    # a pool that was drawn from as a whole needs no draw
+    calibration = 'pools["calibration"].blocks.long()' if known.get("calibration_seed", 0) is None else f'pools["calibration"].draw(calibration_tokens, seed={known.get("calibration_seed", 0)})'
+    revision, n = history.settings.get("provenance", {}).get("git_revision"), len(literals["commands"])
+    code, markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    cells = [
+        markdown(f"# Replay of {Path(run_dir).resolve().name}\n\n> A search with {n} commands, repeated headless to the same genomes.\n\nWritten by `to_notebook` from a run of revision `{revision}`."),
+        code("\n".join(parameters), metadata={"tags": ["parameters"]}),
+        markdown("## Settings and commands\n\nAs recorded. A command's place is the number of events `after` which it came."),
+        code("\n\n".join(f"{name} = {pprint.pformat(value, width=160, sort_dicts=False)}" for name, value in literals.items())),
+        markdown("## Model, text and level database\n\nMade again, and compared with those of then."),
+        code(_REPLAY_LOAD.format(names=", ".join(f"{name}={name}" for name in _REPLAY_PARAMETERS), calibration=calibration)),
+        markdown("## The search\n\nWith its commands at their places; the survivor of every generation must be the one of then."),
+        code(_REPLAY_RUN),
+        code('report.figure("fitness", fitness_figure(history))'),
+        code('report.figure("genome", genome_figure(winner, history.space, "The winner"))'),
+        markdown("## What was done"),
+        code('pd.DataFrame([{"after": row["after"], "command": describe(row["command"])} for row in commands])'),
+        code('report.finish({"winner": winner.code, "n_params": history.space.n_params(winner), "tokens": history.tokens}, summary=f"the winner is {winner.code}, the same as then")\nreport.origin(seed=config.seed)')]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+    return path

@@ -92,16 +92,16 @@ def _empty(message: str, theme: str = "light") -> Figure:
     axes.text(0.5, 0.5, message, ha="center", va="center", color=_theme(theme).muted, fontsize=10)
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #98fd842a
+# %% ../nbs/12_figures.ipynb #32a73eec
 def _steering(history: History) -> dict[float, str]:
     "Where the time axis is marked, and with what."
     marks: dict[float, list[str]] = {}
     for row in history.commands.itertuples():
         if row.name not in ("pause", "resume", "step", "stop") and not row.refused:
-            marks.setdefault(row.generation + 1.0, []).append(row.text)
+            marks.setdefault(row.generation + 1.0, []).append("inject" if row.name == "inject" else row.text)
     return {x: ", ".join(dict.fromkeys(labels)) for x, labels in marks.items()}
 
-# %% ../nbs/12_figures.ipynb #078688cb
+# %% ../nbs/12_figures.ipynb #8226f41a
 def _on_line(history: History, frame: pd.DataFrame) -> pd.Series:
     "Which rows lie on the path that leads to the present; the generation under way does."
     line = set(history.line) | {(history.branch, history.generation)}
@@ -150,7 +150,7 @@ def fitness_figure(
     survivors = history.survivors
     heldout = survivors.dropna(subset=["heldout_loss"])
     heldout = heldout.assign(perplexity=np.exp(heldout.heldout_loss.astype(float)))
-    figure = Figure(figsize=(6.6, 4.9 if len(heldout) else 3.5), layout="constrained")
+    figure = Figure(figsize=(6.6, 5 if len(heldout) else 3.5), layout="constrained")
     axes, *below = figure.subplots(2 if len(heldout) else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1] if len(heldout) else None)[:, 0]
     last = frame[frame.disqualified == ""].sort_values("stage").groupby(["branch", "generation", "genome"], as_index=False).last()
     _fallen(axes, history, last)
@@ -162,7 +162,8 @@ def fitness_figure(
         axes.annotate("disqualified", (generation + 1, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", color=VERMILLION, fontsize=8)
     _survivor_lines(axes, history, survivors, "fitness", "survivor")
     name = "KL to the dense model (nats per token)" if history.rules.fitness == "kl" else "perplexity"
-    axes.set(ylabel=name, yscale="log" if log else "linear")
+    axes.set_ylabel(name, fontsize=9)
+    axes.set_yscale("log" if log else "linear")
     axes.set_title("Fitness of all candidates (lower is better)", pad=24)
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False, handletextpad=0.4, columnspacing=1.2)
     for lower in below:
@@ -175,7 +176,7 @@ def fitness_figure(
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #17c54c21
+# %% ../nbs/12_figures.ipynb #8072a476
 def _kept_table(genome: Genome, space: Space) -> tuple[np.ndarray, dict[tuple[int, int], int]]:
     "Share kept, (2, layers), and the number kept by (row, layer)."
     share, kept = np.full((2, max(unit.layer for unit in space.units) + 1), np.nan), {}
@@ -196,7 +197,7 @@ def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, 
     many = share.shape[1] > 12
     for (row, column), n in kept.items():
         ink = "black" if share[row, column] > 0.6 else "white"
-        axes.text(column, row, n, ha="center", va="center", fontsize=8, rotation=90 if many and row else 0, color=ink)
+        axes.text(column, row, n, ha="center", va="center", fontsize=8, rotation=270 if many and row else 0, color=ink)
         if before is not None and share[row, column] != before[row, column]:
             more = share[row, column] > before[row, column]
             axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=2.2, zorder=3))
@@ -247,7 +248,7 @@ def sparsity_figure(
     axes.legend(ncols=3, fontsize=8, loc="upper center")
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #03c1bc6d
+# %% ../nbs/12_figures.ipynb #2bb24dd4
 def candidate_names(
     history: History,  # of a run
     generation: int,  # which one
@@ -306,9 +307,9 @@ def stages_figure(
     if frame.empty:
         return _empty(f"no candidate of generation {generation + 1} has been evaluated yet", theme)
     colors, stages, names = _theme(theme), history.rules.stages, candidate_names(history, generation, branch)
-    n_stages = max(len(stages), int(frame.stage.max()) + 1)
+    n_stages, n_ranks = max(len(stages), int(frame.stage.max()) + 1), max(len(names) - ("parent" in names.values()), int(frame["rank"].max()))
     found = {stage: rank_changes(frame, stage) for stage in range(1, n_stages)}
-    figure = Figure(figsize=(max(6.6, 1.2 + 1.8 * n_stages), 0.6 + max(3.4, 0.26 * int(frame["rank"].max()) + 1.2)), layout="constrained")
+    figure = Figure(figsize=(max(6.6, 1.2 + 1.8 * n_stages), 0.6 + max(3.4, 0.26 * n_ranks + 1.2)), layout="constrained")
     axes = figure.subplots()
     for code, path in frame.groupby("genome"):
         _draw_path(axes, path, {stage: change for stage, (change, _, _) in found.items()}, n_stages, colors)
@@ -325,7 +326,7 @@ def stages_figure(
     axes.set_title(f"Who survived: generation {generation + 1}", pad=30)
     axes.set_xticklabels(ticks, fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(int(frame["rank"].max()) + 0.7, 0.3)
+    axes.set_ylim(n_ranks + 0.7, 0.3)
     handles = [
         Line2D([], [], color=BLUE, marker="*", markersize=11, linestyle="", label="survivor"), Line2D([], [], color=GREEN, label="climbed"), Line2D([], [], color=VERMILLION, linestyle="--", label="fell back"),
         Line2D([], [], color=GREY, marker="x", linestyle="", markeredgewidth=1.8, label="eliminated"), Line2D([], [], color=colors.ink, linewidth=1.2, label="cut")]

@@ -56,7 +56,7 @@ class _Generation:
         "Tokens it takes by its rules."
         return generation_tokens(self.rules, seq_len, len(self.begin["offspring"]) - self.rules.offspring)
 
-# %% ../nbs/08a_history.ipynb #864e0854
+# %% ../nbs/08a_history.ipynb #a6d40098
 _EVALUATION_COLUMNS = ["branch", *Evaluation.__dataclass_fields__, "time", "survived", "is_parent", "rank", "new_tokens"]
 
 
@@ -76,8 +76,6 @@ class History:
 
     def _reset(self) -> None:
         self._size, self.events, self._generations, self._frames, self._state = 0, [], [], {}, None
-        self._positions: list[Position] = []  # after each event that moves it, with …
-        self._moves: list[int] = []  # … the number of that event
         self._position = Position(Rules.of(self.config), self.settings["start"])
 
     def refresh(self) -> bool:
@@ -85,13 +83,13 @@ class History:
         if self._past:
             return False
         path = self.run_dir / "events.jsonl"
-        if path.exists() and path.stat().st_size < self._size:  # another run's log was put in its place
+        if anew := path.exists() and path.stat().st_size < self._size:  # another log was put in its place
             self._reset()
         rows, self._size = read_events(path, self._size)
         state, before = read_state(self.run_dir), self._state
         self._take(rows)
         self._state = state
-        return bool(rows) or state != before
+        return anew or bool(rows) or state != before
 
     def _take(self, rows: list[dict]) -> None:
         for row in rows:

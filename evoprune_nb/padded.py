@@ -72,7 +72,7 @@ def stock_shape(
     n_heads, n_kv_heads = _head_grid(n_kv, group, allowed)
     return StockShape(layers, n_heads, n_kv_heads, max((row.get("intermediate_size", 1) for row in rows.values()), default=1))
 
-# %% ../nbs/10a_padded.ipynb #30cf1598
+# %% ../nbs/10a_padded.ipynb #b523d8da
 def _layer_slices(layer: nn.Module, shape: StockShape) -> dict[str, tuple[int, torch.Tensor]]:
     "Where the linear layers of a decoder layer go in the stock shape: path → dimension, indices."
     slices = {}
@@ -91,7 +91,7 @@ def _padded_state(model: nn.Module, stock: nn.Module, shape: StockShape) -> dict
     "The weights of the pruned model in the stock model's shapes, exact zeros elsewhere."
     path, layers = decoder_layers(model)
     own = model.state_dict()
-    state = {name: own[name] if not name.startswith(f"{path}.") else torch.zeros(tensor.shape, dtype=model.dtype) for name, tensor in stock.state_dict().items()}
+    state = {name: own[name].cpu() if not name.startswith(f"{path}.") else torch.zeros(tensor.shape, dtype=model.dtype) for name, tensor in stock.state_dict().items()}
     for new, old in enumerate(shape.layers):
         slices = _layer_slices(layers[old], shape)
         for name, tensor in layers[old].state_dict().items():

@@ -18,7 +18,7 @@ from .figures import Figure, candidate_names, lineage, swaps
 from .genome import Genome, Space
 from .history import History
 
-# %% ../nbs/12a_panel.ipynb #60b76185
+# %% ../nbs/12a_panel.ipynb #5b08f5bf
 STYLE = """<style>
 .evo, .evo .widget-html-content { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
 .evo .widget-html-content { overflow-wrap: anywhere; }
@@ -45,6 +45,7 @@ STYLE = """<style>
 .evo-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px 16px; } .evo-pair b { color: var(--jp-ui-font-color2, #555); font-weight: 600; font-size: 12px; }
 .evo-pair p { margin: 2px 0 0; white-space: pre-wrap; } .evo-pair i { font-style: normal; color: var(--jp-ui-font-color2, #555); }
 .evo .evo-cell { padding: 0 1px; min-width: 0; font-size: 11px; line-height: 26px; border-radius: 2px; border: 1px solid transparent; font-variant-numeric: tabular-nums; overflow: hidden; text-overflow: clip; }
+.evo .evo-cell.evo-tall { writing-mode: vertical-rl; line-height: 24px; }
 .evo .evo-cell:focus-visible { outline: 3px solid #56B4E9; outline-offset: 1px; }
 .evo .evo-cell.evo-changed { box-shadow: inset 0 0 0 3px #D55E00; }
 .evo .evo-cell.evo-selected { outline: 2px solid var(--jp-ui-font-color1, #222); outline-offset: 1px; }

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PostTraining', 'TokenStream', 'objective', 'post_training_loss', 'last_checkpoint', 'post_train_checkpoint']
 
-# %% ../nbs/10b_posttraining.ipynb #9f921d42
+# %% ../nbs/10b_posttraining.ipynb #4360d08d
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
 from .data import EMBEDDED_TEXT, derive_seed, documents, split_of
-from .export import PREFIX, load_exported, written_whole
+from .export import PREFIX, load_exported, read_card, write_card, written_whole
 from .models import load_model, model_fingerprint
 from .search import provenance
 from .training import final_hidden, head_is_linear
@@ -263,7 +263,7 @@ def last_checkpoint(
             shutil.rmtree(path)
     return next((path for path in reversed(checkpoints) if path.exists()), None)
 
-# %% ../nbs/10b_posttraining.ipynb #ef4f51fb
+# %% ../nbs/10b_posttraining.ipynb #85f2a1d4
 def _claim(work: Path, identity: dict) -> None:
     "Make the working directory, or check that it belongs to this post-training."
     path, identity = work / "settings.json", json.loads(json.dumps(identity))
@@ -294,9 +294,21 @@ def _write_result(source: Path, trained: Path, out: Path, record: dict) -> None:
             if path.is_file() and not _WEIGHTS.fullmatch(path.name):
                 shutil.copyfile(path, scratch / path.name)
         (scratch / "posttraining.json").write_text(json.dumps(record, indent=1) + "\n")
+        _write_card(source, scratch, model, record)
+
+
+def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -> None:
+    "The card of `source`, with what was done; its scores are from before."
+    teacher = f", distilled from {record['teacher']} with weight {record['settings']['distillation']}" if record["teacher"] else ""
+    done = f"{record['tokens']:,} tokens of {record['text']}{teacher}; settings and losses are in posttraining.json"
+    if (source / "card.json").exists():
+        card = read_card(source)
+        before = {f"{name.removesuffix(', before')}, before": value for name, value in card.scores.items()}
+        form = "hf" if model.config.model_type.startswith(PREFIX) else "padded"
+        write_card(directory, model, replace(card, scores=before, provenance=card.provenance | {"post-training": done}), form)
+    else:
         card = (source / "README.md").read_text() if (source / "README.md").exists() else ""
-        teacher = f", distilled from {record['teacher']} with weight {record['settings']['distillation']}" if record["teacher"] else ""
-        (scratch / "README.md").write_text(f"{card.rstrip()}\n\n## Post-training\n\n{record['tokens']:,} tokens of {record['text']}{teacher}; settings and losses are in posttraining.json. Scores above, if any, are from before.\n")
+        (directory / "README.md").write_text(f"{card.rstrip()}\n\n## Post-training\n\n{done}.\n".lstrip())
 
 # %% ../nbs/10b_posttraining.ipynb #6d35d52f
 def post_train_checkpoint(

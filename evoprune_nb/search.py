@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #bf552327
+# %% ../nbs/08_search.ipynb #f64892de
 import json
 import math
 import random
@@ -32,6 +32,7 @@ from .runs import DriverLock, EventLog, RunDiverged, provenance, read_events, wr
 from .selection import Elimination, Evaluation, Evaluator, Stage, check_text, select
 from .steering import Position, Rules, SearchConfig, check_command, forward_tokens, generation_tokens
 from .training import Training, next_token_loss
+from .unit_latency import require_latency
 
 # %% ../nbs/08_search.ipynb #a4ba3d9a
 def _to_json(evaluation: Evaluation) -> dict:
@@ -53,7 +54,7 @@ def fingerprints(
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #0a9b0bf1
+# %% ../nbs/08_search.ipynb #a7d5603b
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -68,6 +69,7 @@ class Search:
         source: dict | None = None,  # how model, database and text were made, for `to_notebook` and `export`: model_name, dtype, text, seq_len, calibration_tokens, heads, n_levels
     ):
         self.run_dir, self.model, self.database, self.pools, self.config = Path(run_dir), model, database, pools, config
+        require_latency(model, database, config.limits)
         self.space = database.space
         if (mine := model_fingerprint(model)) != self.space.model:
             raise ValueError(f"the level database is of another model: its fingerprint is {self.space.model}, this model's is {mine}")

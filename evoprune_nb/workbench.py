@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Background', 'continue_prompt', 'card', 'Workbench', 'database_progress', 'open_run', 'attach']
 
-# %% ../nbs/13_workbench.ipynb #7c8f3fd0
+# %% ../nbs/13_workbench.ipynb #7a588913
 import json
 import os
 import queue
@@ -38,9 +38,10 @@ from .pruning import build_database
 from .runs import read_state
 from .search import Search, check_search
 from .steering import SearchConfig, describe
+from .unit_latency import measure_unit_latency, with_latency
 from .worker import Worker, worker_of
 
-# %% ../nbs/13_workbench.ipynb #be8bcfe5
+# %% ../nbs/13_workbench.ipynb #0cafadfa
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No progress bars of transformers: in a thread, they would appear below whatever cell ran last."
@@ -66,6 +67,7 @@ class Source:
     calibration_tokens: int = 32768  # for the level database
     heads: str = "free"  # how heads are counted off, as for `build_database`
     n_levels: int = 10  # as for `build_database`
+    latency: bool = False  # time the units, on prompts of seq_len tokens, so that the latency of candidates can be estimated and limited
 
     def make(
         self,
@@ -83,6 +85,9 @@ class Source:
         say("building the level database")
         blocks = pools["calibration"].draw(self.calibration_tokens, seed=0)
         database = build_database(model, blocks, run_dir / "database", self.heads, self.n_levels, progress=False)
+        if self.latency and (not (run_dir / "config.json").exists() or "latency" in (config.limits or {})):  # a run keeps the costs that it began with
+            say("timing the units")
+            database.space = with_latency(database.space, measure_unit_latency(model, database, prompt_tokens=self.seq_len, progress=False))
         say("opening the run")
         return Search(run_dir, model, database, pools, config, source=asdict(self)), tokenizer
 
@@ -149,7 +154,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #bcfdb30f
+# %% ../nbs/13_workbench.ipynb #04db54c7
 _ACTIVE = ("running", "paused")
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
@@ -173,6 +178,8 @@ class Workbench:
         self._queued: list[tuple[dict, int]] = []  # commands sent and the number of commands logged before
         self._drawn: dict[str, object] = {}  # part → what it shows
         self._due, self._urgent, self._moving = 0.0, True, False
+        self._past: tuple = (None, None)  # (branch, generation) of the slider, and the history as it was then
+        self._was, self._displayed = "", False
         self._lock, self._wake, self._closed = threading.RLock(), threading.Event(), False
         self.editor: GenomeEditor | None = None
         self.form: SettingsForm | None = None
@@ -214,18 +221,19 @@ class Workbench:
         self.views = {name: _html() for name in ("fitness", "genome", "stages", "lineage", "winners", "costs", "tokens", "budget", "log")}
         self._editor_box, self._form_box = widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible")), widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible"))
         half = "1 1 440px"
+        self._genome_card = card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
         parts = [
             card("Run", self.say, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, self.failure, row(self.note, self.add_note)),
             card("Moment", row(self.moment, self.live, self.back), hint="all pictures show the run as it was after this generation"),
             card("Fitness", self.views["fitness"], row(self.log_scale), flex=half), card("Stages", self.views["stages"], flex=half, hint="lines that cross are rank flips"),
-            card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent"),
-            card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
+            self._genome_card, card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
             card("Edit", self._editor_box, hint="press a cell to change or freeze its unit; Inject lets the draft compete"),
             card("Lineage", self.views["lineage"], self.views["winners"], flex=half), card("Steer", self._form_box, flex=half),
             card("Budget and data", self.views["tokens"], self.views["budget"], flex=half), card("Log of commands", self.views["log"], flex=half)]
         grid = widgets.Box(parts, layout=widgets.Layout(flex_flow="row wrap", grid_gap="12px", width="100%", align_items="stretch", overflow="visible"))
         self.widget = widgets.VBox([widgets.HTML(STYLE, layout=widgets.Layout(display="none")), self.head, grid], layout=widgets.Layout(width="100%", grid_gap="10px", padding="4px", overflow="visible"))
         self.widget.add_class("evo")
+        self.widget._view_count = 0  # asks the page to keep count of where it is shown
 
     def _ipython_display_(self) -> None:
         display(self.widget)
@@ -377,8 +385,10 @@ class Workbench:
     def _watch(self, seconds: float) -> None:
         "Refresh until closed, at once when woken."
         while not self._closed:
+            self._displayed |= bool(self.widget._view_count)
             try:
-                self.refresh()
+                if self.widget._view_count or not self._displayed:  # not for a panel that was closed, or replaced by another
+                    self.refresh()
             except Exception:  # shown, and tried again: a view must not end with the first odd file
                 self.failure.value = error_html(traceback.format_exc()).replace("The search failed:", "The panel could not be redrawn:")
             self._wake.wait(seconds)
@@ -459,6 +469,10 @@ class Workbench:
 
     def _show_head(self) -> None:
         status = self.status
+        if status != self._was:
+            if self._was and (words := {"finished": "the search has finished", "stopped": "stopped; Start goes on"}.get(status)):
+                self._tell(words)
+            self._was, self._urgent = status, True
         self._set(self.head, value=f'<div class="evo-title"><b>evoprune workbench</b>{badge(status)}<span>{escape(self._mode(status))}</span><code>{escape(str(self.run_dir))}</code></div>')
         self._set(self.failure, value=error_html(self.error or self.state.get("error")))
         active, able = self.driving, self.can_drive and not self.preparing
@@ -523,15 +537,19 @@ class Workbench:
             where = (int(frame.branch.iloc[-1]), int(frame.generation.iloc[-1])) if len(frame) else (self.history.branch, self.history.generation)
             return self.history, *where
         branch, generation = self.history.line[self.moment.value - 1]
-        return self.history.at(generation, branch), branch, generation
+        if self._past[0] != (branch, generation):
+            self._past = ((branch, generation), self.history.at(generation, branch))
+        return self._past[1], branch, generation
 
     def _show_controls(self) -> None:
         active = self.can_drive and self.worker is not None
         rules, space = self.history.rules, self.history.space
         parent, budget = self.history.winner, rules.target(space)[0]
         if self.editor is None:
-            self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send)
+            self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send, [measure for measure in space.costs if measure != "params"])
             self._editor_box.children, self._form_box.children = [self.editor.widget], [self.form.widget]
+            if max(unit.layer for unit in space.units) > 15:  # many cells: legible only in a whole line
+                self._genome_card.layout.flex = "1 1 100%"
         self.editor.follow(parent, budget, rules.frozen, active)
         self.form.follow(rules, active)
 
@@ -552,9 +570,9 @@ class Workbench:
             "budget": (moment, lambda: budget_html(view)), "log": (moment, lambda: log_html(view))}
         pictures = {
             "fitness": ((*moment, self.log_scale.value), lambda: picture(fitness_figure(view, self.log_scale.value, "page"), "fitness of all candidates by generation")),
-            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), f"ranks of the candidates of generation {generation + 1}, stage by stage")),
+            "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), f"ranks of the candidates of generation {generation + 1}, stage by stage: {len(view.evaluations)} evaluations in all")),
             "genome": ((code, parent), lambda: picture(genome_figure(Genome.parse(code), view.space, f"{name}", Genome.parse(parent), "parent", "page"), "genome of a candidate beside its parent")),
-            "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), "what the winners keep, generation by generation")),
+            "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), f"what the winners keep, generations 0 to {len(view.line)}")),
             "tokens": (moment, lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan"))}
         self._redraw(words)
         if self._urgent or time.monotonic() >= self._due:
@@ -582,7 +600,7 @@ def database_progress(
     manifest = json.loads(path.read_text())
     return len(manifest["built"]), len(manifest["units"])
 
-# %% ../nbs/13_workbench.ipynb #b2d125af
+# %% ../nbs/13_workbench.ipynb #54dcdd2f
 def open_run(
     run_dir: str | Path,  # new, or of an earlier start of the same search
     source: Source = Source(),  # how model, level database and text are made
@@ -597,11 +615,15 @@ def open_run(
 
 def attach(
     run_dir: str | Path,  # of any run
+    search: Search | None = None,  # to drive it with, for a run that does not say how its model was made
+    tokenizer=None,  # that of the search's model
 ) -> Workbench:
     "A panel over a run that is there: finished, under way in this kernel or elsewhere, or left by a kernel that has ended (then Start goes on with it)."
     run_dir = Path(run_dir)
+    if search is not None:
+        return Workbench(run_dir, lambda say: (search, tokenizer))
     history = History(run_dir)  # raises `ValueError` when there is no run
     recorded = history.settings.get("source")
     if not recorded:
-        return Workbench(run_dir, None, "the run does not say how its model and text were made")
+        return Workbench(run_dir, None, "the run does not say how its model and text were made: attach(run_dir, search, tokenizer) drives it")
     return Workbench(run_dir, lambda say: Source(**{name: recorded[name] for name in Source.__dataclass_fields__ if name in recorded}).make(run_dir, history.config, say))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Worker', 'worker_of', 'commands_of', 'follow', 'replay']
 
-# %% ../nbs/08b_worker.ipynb #d3ee8c87
+# %% ../nbs/08b_worker.ipynb #3707f3e2
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from .pruning import LevelDatabase
 from .runs import RunBusy, RunDiverged
 from .search import Search, fingerprints
 from .selection import Evaluation
+from .unit_latency import require_latency
 
 # %% ../nbs/08b_worker.ipynb #6d1b8ce9
 _WORKERS: WeakValueDictionary[Path, "Worker"] = WeakValueDictionary()
@@ -98,7 +99,7 @@ def worker_of(run_dir: str | Path) -> Worker | None:
     "The worker of this process for a run directory, if there is one: two panels on one run share it."
     return _WORKERS.get(Path(run_dir).resolve())
 
-# %% ../nbs/08b_worker.ipynb #6b6df0a3
+# %% ../nbs/08b_worker.ipynb #62306eae
 def commands_of(
     run_dir: str | Path,  # of any run
 ) -> list[dict]:
@@ -143,6 +144,7 @@ def replay(
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)
+    require_latency(model, database, recorded.config.limits)
     mine = fingerprints(database, pools, recorded.config)
     if differing := [f"{name} ({theirs} there, {mine.get(name)} here)" for name, theirs in recorded.settings["fingerprints"].items() if mine.get(name) != theirs]:
         raise ValueError(f"{run_dir} was made with another {', '.join(differing)}")

@@ -140,6 +140,7 @@ def shoot(page: Page, name: str) -> None:
 def theme(page: Page, name: str) -> None:
     page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
     page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'")
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0)
 
 
 def test_cells_return_at_once_and_the_panel_gets_ready(page):
@@ -246,11 +247,13 @@ def test_restart_and_attach(page, place):
     press(page, "Start")
     badge(page, "finished")
     expect(page.locator(".evo-title").last).to_contain_text("look around with the slider")
+    expect(page.locator(f".evo-figure[aria-label$=': {len(History(place / 'run').evaluations)} evaluations in all']").last).to_be_visible()
     shoot(page, "finished")
     slider = page.locator(".evo .jupyter-widget-slider .noUi-handle, .evo .slider-container .noUi-handle").first
     slider.focus()
     slider.press("Home")
     expect(page.locator(".evo-figure[aria-label*='of generation 1,']").last).to_be_visible()
+    expect(page.locator(".evo-figure[aria-label$='generations 0 to 1']").last).to_be_visible()
     shoot(page, "moment")
 
 

@@ -142,6 +142,25 @@ def test_left_padded_prompts_generate_as_if_alone(made, family, attention, name,
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("name", ["thin", "first attention gone", "a layer gone"])
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3"])
+def test_generation_with_a_static_cache_and_beams(made, family, name):
+    "A cache of fixed size, which is laid out before the first token, gives the same tokens; beams can be reordered in the cache."
+    model, database = made(family)
+    candidate, prompt = materialize(model, database, genome_of(database, name)), random_blocks(2, 12, seed=3)
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    fixed = candidate.generate(prompt, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(fixed, candidate.generate(prompt, **options))
+    assert torch.equal(candidate.generate(prompt, num_beams=3, **options), candidate.generate(prompt, num_beams=3, use_cache=False, **options))
+
+
+def test_only_attention_of_one_kind_gone(made):
+    "Where the first layer's kind of attention is gone altogether while another remains, transformers could not count tokens: refused, saying what to keep."
+    model, database = made("gemma3")
+    with pytest.raises(ValueError, match="every 'sliding_attention' block of this model is removed while others remain; keep at least one"):
+        materialize(model, database, database.space.genome([database.space.n_levels(0) - 1, 0, database.space.n_levels(2) - 1, 0, 0, 0]))
+
+
 def test_cache_holds_only_kept_heads(made):
     "The cache has an entry per remaining attention block, with only the key/value heads that are still read."
     model, database = made("llama-gqa")

@@ -7,15 +7,19 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import random_blocks, short_config, small_model, small_pools
+from helpers import made_up, random_blocks, short_config, small_model, small_pools
 from safetensors.torch import save_file
 
 from evoprune_nb import export
 from evoprune_nb.candidates import materialize
-from evoprune_nb.export import Card, export_hf, is_run, load_winner
+from evoprune_nb.commands import main
+from evoprune_nb.export import Card, base_license, export_hf, is_run, load_exported, load_winner, per_layer_config, read_card
+from evoprune_nb.history import History
+from evoprune_nb.modeling import fit_layers
 from evoprune_nb.models import load_model, model_fingerprint
 from evoprune_nb.pruning import build_database
 from evoprune_nb.search import Search
+from evoprune_nb.selection import Stage
 from evoprune_nb.training import Training, train
 
 TOP = -1  # the unit's last level, at which all of it is gone
@@ -28,8 +32,8 @@ GENOMES = {  # name → levels of the three attention units and the three MLPs
     "all attention gone": [TOP, TOP, TOP, 1, 2, 3],
 }
 FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-tied", "qwen2-mixed", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "glm4", "exaone4")
-CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone")]
-CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone", "trained")]
+CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone", "trained")]
+CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone")]
 CASES += [(family, name, "bfloat16") for family in ("llama-gqa", "qwen2-tied") for name in ("thin", "trained")]
 
 RELOAD = """
@@ -154,7 +158,8 @@ def test_what_is_written(made, tokenizer, tmp_path):
     assert f"{sum(p.numel() for p in candidate.parameters()):,} parameters" in card and "Base model: small." in card
     assert "| query heads by layer | 5 0 5 |" in card and "| MLP channels by layer | 40 0 40 |" in card
     source = (directory / "modeling_pruned.py").read_text()
-    assert "evoprune_nb" not in source and "import nbdev" not in source
+    assert "evoprune_nb" not in source and "nbdev" not in source and "\n\n\n\n" not in source and source.startswith('"""A pruned LlamaForCausalLM')
+    assert compile(source, "modeling_pruned.py", "exec") and str(tmp_path) not in (directory / "config.json").read_text()
 
 
 def test_a_used_directory_is_refused(made, tokenizer, tmp_path):
@@ -205,6 +210,131 @@ def test_load_model_reads_an_export(made, tokenizer, tmp_path, monkeypatch):
         load_model(str(tmp_path / "checkpoint"))
     model, _ = load_model(str(tmp_path / "checkpoint"), trust_remote_code=True)
     assert torch.equal(behaviour(model)["logits"], behaviour(candidate)["logits"])
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2-tied", "gemma3", "phi3"])
+def test_this_package_reads_it_without_running_its_code(made, tokenizer, tmp_path, family):
+    "load_exported gives bitwise the same logits from a directory whose modeling file would raise, and can export it again, file by file the same."
+    candidate, _ = made(family, "first attention gone")
+    export_hf(candidate, tokenizer, tmp_path / "first", Card(base_model="small"))
+    source = (tmp_path / "first" / "modeling_pruned.py").read_text()
+    (tmp_path / "first" / "modeling_pruned.py").write_text("raise SystemExit('this code was run')")
+    model, loaded = load_exported(tmp_path / "first")
+    assert torch.equal(behaviour(model)["logits"], behaviour(candidate)["logits"]) and not model.training
+    assert per_layer_config(model) == per_layer_config(candidate) and loaded("Hello")["input_ids"] == tokenizer("Hello")["input_ids"]
+    export_hf(model, loaded, tmp_path / "second", read_card(tmp_path / "first"))
+    assert (tmp_path / "second" / "modeling_pruned.py").read_text() == source
+    for name in ("config.json", "README.md", "model.safetensors"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+
+
+def test_load_exported_reads_stock_models_and_refuses_others(tiny, tokenizer, tmp_path):
+    "A stock checkpoint loads in its own dtype; a directory without one, or of an unknown type, is refused by name."
+    tiny.save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+    assert model_fingerprint(load_exported(tmp_path / "stock")[0]) == model_fingerprint(tiny)
+    with pytest.raises(ValueError, match="is no checkpoint: it has no config.json"):
+        load_exported(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "pruned_mamba9"}')
+    with pytest.raises(ValueError, match="knows no 'mamba9'"):
+        load_exported(tmp_path)
+
+
+def test_large_models_are_sharded(made, tokenizer, tmp_path):
+    "Beyond max_shard_size the weights go to several safetensors files with an index, and load to the same function."
+    candidate, _ = made("llama-gqa", "thin")
+    directory = export_hf(candidate, tokenizer, tmp_path / "sharded", max_shard_size=20_000)
+    shards = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(shards.values())) > 2 and set(shards) == set(candidate.state_dict())
+    assert torch.equal(behaviour(load_exported(directory)[0])["logits"], behaviour(candidate)["logits"])
+
+
+@pytest.mark.parametrize("name", ["thin", "whole units only", "a layer gone"])
+def test_it_steps_aside_for_classes_that_build_thin_layers_themselves(made, tokenizer, tmp_path, name):
+    "On layers that already are as the configuration says, nothing is rebuilt: every module stays the same object."
+    candidate, _ = made("llama-mha", name)
+    export_hf(candidate, tokenizer, tmp_path / "checkpoint")
+    model, _ = load_exported(tmp_path / "checkpoint")
+    before = [id(module) for module in model.modules()]
+    fit_layers(model.model.layers, model.config)
+    assert [id(module) for module in model.modules()] == before
+
+
+def test_card_tells_what_is_known(made, tokenizer, tmp_path):
+    "Base model, licence and its files, picture, scores and provenance are in the card and its front matter; they survive a second export, with what an evaluation has left."
+    from evoprune_nb.figures import genome_figure
+
+    candidate, database = made("llama-gqa", "thin")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Base\n")
+    (base / "LICENSE.txt").write_text("all of it")
+    license, files = base_license(str(base))
+    assert license == "cc-by-4.0" and [path.name for path in files] == ["LICENSE.txt"]
+    genome = database.space.genome([1, 2, 1, 3, 5, 9])
+    card = Card("org/base", license, files, genome.code, database.space.dense_params, {"perplexity": 12.345}, {"seed": "7"}, genome_figure(genome, database.space))
+    first = export_hf(candidate, tokenizer, tmp_path / "first", card)
+    (first / "evaluation.json").write_text(json.dumps({"heldout": {"perplexity": 9.5}, "tasks": {"piqa": {"metrics": {"acc": 0.5}}}}))
+    second = export_hf(candidate, tokenizer, tmp_path / "second", read_card(first))
+    for directory in (first, second):
+        text = (directory / "README.md").read_text()
+        assert (directory / "genome.png").exists() and (directory / "LICENSE.txt").read_text() == "all of it"
+        assert all(part in text for part in ("license: cc-by-4.0", "base_model: org/base", "![heads and channels kept, by layer](genome.png)", "12.35", "| seed | 7 |", genome.code, "trust_remote_code=True"))
+    assert "| held-out perplexity | 9.5 |" in text and "| piqa acc | 0.5 |" in text
+    assert base_license(str(tmp_path / "first"))[0] == "cc-by-4.0" and base_license("smollm2-135m")[0] == "apache-2.0"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, database, pools, tmp_path_factory):
+    "A finished run on the embedded model, with made-up fitness, that says what it searched; its database lies elsewhere."
+    directory = tmp_path_factory.mktemp("run") / "run"
+    parts = {name: pools["tuning" if name == "tuning" else "heldout"] for name in ("tuning", "scoring", "heldout")}
+    search = Search(directory, tiny, database, parts, short_config(generations=1, stages=(Stage(2, 0, 64), Stage(1, 64, 64))), source={"model_name": "tiny", "dtype": "float32"})
+    search._evaluate = made_up
+    search.run(progress=False)
+    return directory
+
+
+def test_export_command_writes_every_format(run_dir, database, tiny, tmp_path, capsys):
+    "From a run directory, and on from the exported checkpoint; the card tells run, genome and licence."
+    from_run = ["export", str(run_dir), "--database", str(database.directory)]
+    assert main([*from_run, "--format", "hf", str(tmp_path / "hf")]) == 0
+    winner = materialize(tiny, database, History(run_dir).winner)
+    assert model_fingerprint(load_exported(tmp_path / "hf")[0]) == model_fingerprint(winner)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| search | finished |" in card and "fitness in the search" in card and (tmp_path / "hf" / "genome.png").stat().st_size > 1000
+    assert main(["export", str(tmp_path / "hf"), "--format", "padded", "--pad-heads", str(tmp_path / "padded")]) == 0
+    assert "of the saving is kept" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "hf"), "--format", "gguf", str(tmp_path / "gguf"), "--pad-heads"]) == 0
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"model.gguf", "README.md", "genome.png", "card.json"}
+    assert "| search | finished |" in (tmp_path / "gguf" / "README.md").read_text()
+
+
+def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys, monkeypatch):
+    "Each wrong use is one line that says what to do, exit status 2, and nothing is written."
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    settings = json.loads((run_dir / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "source"}))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    out, base = str(tmp_path / "out"), ["--database", str(database.directory)]
+    for arguments, message in (
+        ([str(run_dir), str(tmp_path / "used"), *base], "is not empty; export to a new directory"),
+        ([str(tmp_path), out], "is neither a run directory nor a checkpoint"),
+        ([str(plain), out, *base], "name it (--model)"),
+        ([str(run_dir), out], "holds no level database; say where it is (--database)"),
+        ([str(run_dir), out, *base, "--genome", "12/34"], "2 attention and 2 MLP levels"),
+        ([str(run_dir), out, *base, "--pad-heads"], "hf holds any heads"),
+        ([str(run_dir), out, *base, "--format", "padded"], "--pad-heads"),
+        ([str(run_dir), out, *base, "--format", "gguf"], "--pad-heads"),
+        ([str(run_dir), out, *base, "--dtype", "bfloat16"], "was built from another model"),
+    ):
+        assert main(["export", *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1, error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 def test_winner_of_a_run(small, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Post-training: the right text in the right order, the right loss, and the same weights whatever happened on the way."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from evoprune_nb import posttraining
 from evoprune_nb.candidates import materialize
 from evoprune_nb.commands import main
 from evoprune_nb.data import documents, split_of
-from evoprune_nb.export import export_hf, load_exported
+from evoprune_nb.export import export_hf, load_exported, read_card
+from evoprune_nb.models import EMBEDDED_MODELS, load_model
 from evoprune_nb.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
@@ -178,6 +180,21 @@ def test_accumulation_is_a_larger_batch(exported, corpus, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
+def test_two_processes_are_a_larger_batch(exported, corpus, tmp_path):
+    "Two processes, started by torchrun, train on half of each batch each, and end at the weights of one process, up to rounding."
+    plan = dict(n_tokens=4 * 4 * 32, seq_len=32, lr=1e-3, shuffle_blocks=4, autocast=False)
+    large, call = post_train(exported, tmp_path / "one", corpus, PostTraining(batch_size=4, **plan)), (str(exported), str(tmp_path / "two"), PostTraining(batch_size=2, **plan), str(corpus))
+    script = tmp_path / "script.py"
+    script.write_text(f"from evoprune_nb.posttraining import *\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(weights(large).values(), weights(tmp_path / "two").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    record = json.loads((tmp_path / "two" / "posttraining.json").read_text())
+    assert record["devices"] == 2 and record["tokens"] == 4 * 4 * 32
+
+
 def test_result_is_a_checkpoint_like_its_source(exported, whole):
     "Same configuration, code and tokenizer, same shapes; plain transformers loads it; what was done is on record; no checkpoint is left."
     from transformers import AutoModelForCausalLM
@@ -190,7 +207,18 @@ def test_result_is_a_checkpoint_like_its_source(exported, whole):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True)(blocks).logits, load_exported(whole)[0](blocks).logits)
     record = json.loads((whole / "posttraining.json").read_text())
     assert record["tokens"] == 12 * 64 and len(record["log"]) == 12 and record["settings"]["lr"] == 1e-3 and "torch" in record["provenance"]["packages"]
-    assert "## Post-training" in (whole / "README.md").read_text() and not Path(f"{whole}.training").exists()
+    assert "| post-training | 768 tokens of" in (whole / "README.md").read_text() and not Path(f"{whole}.training").exists()
+
+
+def test_card_says_what_was_done(exported, corpus, tmp_path):
+    "Scores of before are called so; the card is that of the source, wherever the result is exported to next; a stock checkpoint gets a note."
+    source, plan = Path(shutil.copytree(exported, tmp_path / "source")), PostTraining(n_tokens=64, seq_len=32, batch_size=2)
+    (source / "evaluation.json").write_text(json.dumps({"heldout": {"perplexity": 123.0}, "tasks": {}}))
+    out = post_train(source, tmp_path / "trained", corpus, plan)
+    assert read_card(out).scores == {"held-out perplexity, before": 123.0} and read_card(out).provenance["post-training"].startswith("64 tokens of")
+    assert not (out / "evaluation.json").exists() and "trust_remote_code=True" in (out / "README.md").read_text()
+    stock = post_train(EMBEDDED_MODELS["tiny"](), tmp_path / "dense", corpus, plan)
+    assert "## Post-training\n\n64 tokens of" in (stock / "README.md").read_text() and load_exported(stock)[0].config.model_type == "llama"
 
 
 def test_half_precision_is_rounded_once(tiny, tokenizer, database, corpus, exported, whole, tmp_path):
@@ -246,8 +274,6 @@ def test_stopped_before_the_result_was_written(exported, corpus, whole, tmp_path
 
 def test_distillation_from_the_dense_model(exported, corpus, tmp_path):
     "With all weight on the divergence, it falls; the record names the teacher."
-    from evoprune_nb.models import load_model
-
     plan = PostTraining(n_tokens=20 * 4 * 32, seq_len=32, batch_size=4, lr=1e-3, distillation=1.0)
     out = post_train(exported, tmp_path / "trained", corpus, plan, teacher="tiny")
     record = json.loads((out / "posttraining.json").read_text())

@@ -1,18 +1,23 @@
 """A steered search, whatever was done to it, is repeated to the same genomes: live in a thread, replayed headless, or killed and taken up again."""
+import json
 import os
 import random
 from pathlib import Path
 
+import nbformat
 import pytest
 from helpers import events, made_up, random_blocks, short_config, small_model, small_pools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evoprune_nb.data import load_pools
+from evoprune_nb.experiments import notebook_parameters, to_notebook
 from evoprune_nb.history import History
-from evoprune_nb.mutation import MutationError, make_offspring
+from evoprune_nb.mutation import make_offspring
 from evoprune_nb.pruning import build_database
 from evoprune_nb.runs import RunDiverged
-from evoprune_nb.search import Search
+from evoprune_nb.search import Search, SearchConfig
+from evoprune_nb.selection import Stage
 from evoprune_nb.worker import Worker, commands_of, follow, replay
 
 PATIENCE = 60
@@ -159,3 +164,77 @@ def test_a_replay_that_goes_another_way_says_so(small, tmp_path):
         follow(search_in(tmp_path / "again", small), [row | {"after": 13} for row in commands], progress=False)
     with pytest.raises(RunDiverged, match="came after 999 events, but the replay is at"):
         follow(search_in(tmp_path / "third", small), [row | {"after": 999} for row in commands], progress=False)
+
+
+# --- as a notebook
+
+
+@pytest.fixture(scope="module")
+def afternoon(tiny, tokenizer, corpus, tmp_path_factory):
+    "A steered run on the tiny model and a text file, left unfinished after two generations; its source is recorded."
+    directory = tmp_path_factory.mktemp("afternoon")
+    pools = load_pools(corpus, tokenizer, 32, {"calibration": 2048, "tuning": 2048, "scoring": 1024})
+    database = build_database(tiny, pools["calibration"].draw(1024, seed=0), directory / "database", heads="group", n_levels=5, progress=False)
+    source = {"model_name": "tiny", "dtype": "float32", "text": str(corpus), "seq_len": 32, "calibration_tokens": 1024, "heads": "group", "n_levels": 5}
+    config = SearchConfig(generations=3, offspring=3, stages=(Stage(2, 0, 64), Stage(1, 64, 128)), tolerance=0.05)
+    search = Search(directory / "run", tiny, database, pools, config, source=source)
+    search.step()
+    search.send({"command": "set", "setting": "sparsity", "value": 0.4, "when": "now"})
+    search.send({"command": "note", "text": "it's “quoted”\n\\ and more"})
+    while search.generation < 2:
+        search.step()
+    search.send({"command": "branch", "generation": 1})
+    while search.generation < 2:
+        search.step()
+    return directory / "run"
+
+
+def executed(notebook: Path, **parameters) -> dict:
+    "What the notebook's cells leave, run in this process with these parameters."
+    names = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+    return names
+
+
+def test_a_run_as_a_notebook(afternoon, tmp_path):
+    "Typed parameters from the recorded source; executed without the run directory, it writes the same events, finishes what was unfinished, and leaves a report."
+    notebook = to_notebook(afternoon, tmp_path / "notebooks" / "replay.ipynb")
+    known = notebook_parameters(notebook)
+    assert known["model_name"]["default"] == "'tiny'" and known["heads"]["default"] == "'group'" and known["n_levels"] == {"type": "int", "default": "5", "help": "steps from dense to gone"} and all(row["help"] for row in known.values())
+    assert str(afternoon) not in notebook.read_text()
+    names = executed(notebook, run_dir=str(tmp_path / "again"), report_dir=str(tmp_path / "report"))
+    before, again = events(afternoon), events(tmp_path / "again")
+    assert again[: len(before)] == before and again[-1]["event"] == "finished" and names["history"].notes.text.tolist() == ["it's “quoted”\n\\ and more"]
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["results"]["winner"] == names["winner"].code
+    assert replay(tmp_path / "again", tmp_path / "third", names["model"], names["database"], names["pools"], progress=False) == names["winner"]
+
+
+def test_a_notebook_that_finds_something_else_fails(afternoon, tmp_path):
+    "Another database, or other survivors, are errors that name both."
+    notebook = to_notebook(afternoon, tmp_path / "replay.ipynb")
+    with pytest.raises(ValueError, match=r"not what was searched in then: space \(\w{16} there, \w{16} here\), database"):
+        executed(notebook, run_dir=str(tmp_path / "again"), report_dir=str(tmp_path / "report"), n_levels=4)
+    node = nbformat.read(notebook, as_version=4)
+    code = History(afternoon).survivors.genome[0]
+    for cell in node.cells:
+        before, word, after = cell.source.partition("survivors = ")
+        cell.source = before + word + after.replace(code, "0" * (len(code) // 2) + "/" + "0" * (len(code) // 2), 1)
+    nbformat.write(node, notebook)
+    with pytest.raises(ValueError, match=rf"other genomes than then, first in .*0000/0000.*here.*{code}"):
+        executed(notebook, run_dir=str(tmp_path / "more"), report_dir=str(tmp_path / "report"))
+
+
+def test_a_run_that_does_not_say_how_it_was_made(small, tmp_path):
+    "Which facts are missing is named; they can be given."
+    search_in(tmp_path / "run", small).run(progress=False)
+    with pytest.raises(ValueError, match="does not say how its model and text were made; pass source= with model_name, text, seq_len, calibration_tokens"):
+        to_notebook(tmp_path / "run", tmp_path / "replay.ipynb")
+    assert not (tmp_path / "replay.ipynb").exists()
+    source = {"model_name": "made up", "text": "nowhere.txt", "seq_len": 16, "calibration_tokens": 512, "calibration_seed": None}
+    text = to_notebook(tmp_path / "run", tmp_path / "replay.ipynb", source).read_text()
+    assert 'pools[\\"calibration\\"].blocks.long()' in text
+    with pytest.raises(ValueError, match="is no run directory"):
+        to_notebook(tmp_path / "none", tmp_path / "replay.ipynb")

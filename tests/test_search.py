@@ -421,7 +421,7 @@ def test_check_search_finds_errors_before_the_database(small, wrong, message):
     from evoprune_nb.search import check_search
 
     if "offspring" in wrong:
-        wrong = wrong | dict(tolerance=0.0, max_flips=1, offspring=5000, stages=(Stage(1, 0, 64),))
+        wrong = wrong | dict(tolerance=0.0, max_flips=1, offspring=40, stages=(Stage(1, 0, 64),))
     with pytest.raises(ValueError, match=message):
         check_search(small[0], small_pools(), replace(short_config(), **wrong))
     check_search(small[0], small_pools(), short_config())

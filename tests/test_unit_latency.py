@@ -5,16 +5,18 @@ import random
 
 import pytest
 import torch
-from helpers import random_blocks, short_config, small_model, small_pools
+from helpers import made_up, random_blocks, short_config, small_model, small_pools
 
 from evoprune_nb import unit_latency
 from evoprune_nb.budgets import plan_budget
-from evoprune_nb.genome import Space
+from evoprune_nb.genome import Genome, Space
+from evoprune_nb.history import History
 from evoprune_nb.models import decoder_layers
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.pruning import LevelDatabase, build_database
-from evoprune_nb.search import Search
+from evoprune_nb.search import Search, check_search
 from evoprune_nb.unit_latency import PHASES, measure_unit_latency, open_unit_latency, unit_shape, with_latency
+from evoprune_nb.worker import replay
 
 QUICK = dict(prompt_tokens=8, warmup=0, repeats=3, progress=False)
 
@@ -57,14 +59,14 @@ def test_what_is_timed_is_what_the_model_computes(family, tmp_path):
         calls = unit_latency._recorded_calls(model, 0, 2, 12)
         (args, kwargs), outputs = calls[phase], []
         with torch.no_grad():
-            attention = unit_latency._actions(unit_latency._lone_sublayer(model, database, 0, 0), {p: (a, dict(k)) for p, (a, k) in calls.items()}, model.config)[phase]
-            first, second = attention(), attention()
+            attention = unit_latency._actions(unit_latency._copies(unit_latency._lone_sublayer(model, database, 0, 0), n_layers), calls, model.config)[phase]
+            first, second, copied = attention[0](), attention[0](), attention[1]()
             mlp = unit_latency._lone_sublayer(model, database, n_layers, 0)
             taken = []
             hook = decoder_layers(model)[1][0].register_forward_hook(lambda module, _, output: taken.append(output))
             unit_latency._recorded_calls(model, 0, 2, 12)
             hook.remove()
-        assert torch.equal(first, second)
+        assert len(attention) == n_layers and torch.equal(first, second) and torch.equal(first, copied)
         whole = taken[PHASES.index(phase)]
         whole = whole[0] if isinstance(whole, tuple) else whole
         torch.testing.assert_close(mlp(first), whole)
@@ -81,9 +83,9 @@ def test_units_of_one_shape_are_measured_once(measured):
 def test_latency_is_a_cost_like_others(measured):
     "The cost of a genome is the sum of its shapes' medians; budgets, starts and offspring keep it, and the space survives JSON."
     _, database, table = measured
-    made_up = {shape: {"prefill": [1.0 + len(shape), 1, 1], "decode": [0.5, 1, 1]} for shape in table.seconds}
-    table = dataclasses.replace(table, seconds=made_up)
-    space = with_latency(database.space, table, new_tokens=4)
+    seconds = {shape: {"prefill": [1.0 + len(shape), 1, 1], "decode": [0.5, 1, 1]} for shape in table.seconds}
+    table = dataclasses.replace(table, seconds=seconds, conditions=table.conditions | {"new_tokens": 4})
+    space = with_latency(database.space, table)
     genome = space.genome([1, 2, 6, 0, 3, 10])
     shapes = [row[level] for row, level in zip(table.shapes, genome.levels)]
     assert space.cost(genome, "latency") == sum(3.0 + len(shape) for shape in ["fixed", *shapes] if shape)
@@ -139,7 +141,7 @@ def test_other_conditions_are_named(measured, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(batch_size=0), "batch_size must be a whole number of at least 1; got 0"), (dict(prompt_tokens=128), "at most 128 tokens; a prompt of 128"), (dict(repeats=0), "repeats")])
+    (dict(batch_size=0), "batch_size must be a whole number of at least 1; got 0"), (dict(prompt_tokens=128), "at most 128 tokens; a prompt of 128"), (dict(repeats=0), "repeats"), (dict(new_tokens=-1), "new_tokens.*got -1")])
 def test_impossible_conditions_are_errors(measured, options, message):
     "Sizes that cannot be measured are errors before anything is timed or written."
     model, database, _ = measured
@@ -154,22 +156,38 @@ def test_a_table_of_another_space_is_refused(measured, tmp_path):
     other = build_database(model, random_blocks(), tmp_path / "other", n_levels=4, progress=False)
     with pytest.raises(ValueError, match="another space"):
         with_latency(other.space, table)
-    with pytest.raises(ValueError, match="new_tokens.*-1"):
-        with_latency(measured[1].space, table, new_tokens=-1)
 
 
-def test_a_search_needs_the_table_and_keeps_to_it(measured, tmp_path):
-    "Without a table a limit on seconds is an error that says how to get one; with it the search starts within it, and resumes only with the same table."
-    model, database, table = measured
-    config = short_config(limits={"latency": 0.8}, operator="cost_swap", tolerance=0.2)
-    with pytest.raises(ValueError, match="'latency' are not known here .measure it with `measure_unit_latency`"):
-        Search(tmp_path / "run", model, database, small_pools(), config)
-    seconds = {shape: {phase: [1.0, 1.0, 1.0] for phase in PHASES} for shape in table.seconds}
-    again = LevelDatabase(database.directory, model)
-    again.space = with_latency(again.space, dataclasses.replace(table, seconds=seconds))
-    search = Search(tmp_path / "run", model, again, small_pools(), config)
-    assert search.space.cost(search.start, "latency") <= 0.8 * 7
-    del search
-    again.space = with_latency(LevelDatabase(database.directory, model).space, dataclasses.replace(table, seconds=seconds | {"fixed": {phase: [2.0, 2.0, 2.0] for phase in PHASES}}))
+def test_new_tokens_can_be_changed_without_measuring_again(measured, monkeypatch):
+    "How many tokens are written is a matter of adding up: the same seconds, other costs."
+    model, database, _ = measured
+    table = measure_unit_latency(model, database, name="written", **QUICK)
+    monkeypatch.setattr(unit_latency, "_timed", None)
+    more = measure_unit_latency(model, database, name="written", new_tokens=3, **QUICK)
+    assert more.seconds == table.seconds and open_unit_latency(model, database, "written") == more
+    shape = table.shapes[3][0]
+    assert more.cost(shape) == pytest.approx(table.cost(shape) + 3 * table.seconds[shape]["decode"][0])
+
+
+def test_a_search_needs_the_table_and_keeps_to_it(small, tmp_path):
+    "Without a table a limit on seconds is an error that says how to get one; with it the search keeps within it, replays, and resumes only with the same table."
+    model, config = small[0], short_config(limits={"latency": 0.8}, operator="cost_swap", tolerance=0.3)
+    opened = lambda: LevelDatabase(tmp_path / "database", model)
+    build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    check_search(model, small_pools(), config)  # before there is a database, seconds are not known
+    with pytest.raises(ValueError, match="holds no latency table 'latency'; make one with measure_unit_latency"):
+        Search(tmp_path / "run", model, opened(), small_pools(), config)
+    measure_unit_latency(model, opened(), **QUICK)
+    path = tmp_path / "database" / "latency.json"
+    table = json.loads(path.read_text())
+    table["seconds"] = {shape: {phase: [float(shape.split()[-1] != "fixed"), 1, 1] for phase in PHASES} for shape in table["seconds"]}  # one second a unit
+    path.write_text(json.dumps(table))
+    winner = Search(tmp_path / "run", model, opened(), small_pools(), config, made_up).run(progress=False)
+    for code in History(tmp_path / "run").evaluations.genome:
+        levels = Genome.parse(code).levels
+        assert sum(opened().space.kept(i, level) > 0 for i, level in enumerate(levels)) <= 4  # 0.8 · 6 s: at least two units are gone
+    assert replay(tmp_path / "run", tmp_path / "again", model, opened(), small_pools(), progress=False, evaluator=made_up) == winner
+    table["seconds"]["fixed"]["prefill"][0] = 0.5
+    path.write_text(json.dumps(table))
     with pytest.raises(ValueError, match="different search: fingerprints.costs"):
-        Search(tmp_path / "run", model, again, small_pools(), config)
+        Search(tmp_path / "run", model, opened(), small_pools(), config)
