@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #f64892de
+# %% ../nbs/08_search.ipynb #ca67e40e
 import json
 import math
 import random
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .allocator import keep_freed_memory
 from .budgets import Budget, plan_budget
 from .candidates import materialize
 from .data import TokenPool, derive_seed
@@ -54,7 +55,7 @@ def fingerprints(
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #a7d5603b
+# %% ../nbs/08_search.ipynb #3a3df987
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -370,7 +371,7 @@ class Search:
     def drive(self, watch: Callable[[Evaluation | Elimination], object] = lambda happened: None) -> None:
         "Work until the search is finished or a command stops it; pause, resume and single steps as commands say. `watch` hears of every event."
         paused, until = False, None
-        with self.driving():
+        with self.driving(), keep_freed_memory():
             try:
                 while True:
                     for name, row in ((row["command"]["command"], row) for row in self.drain()):

@@ -31,6 +31,9 @@ SEARCH = dict(
 BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{}" is a new directory
     "demo": SEARCH | dict(run_dir="{}/runs/demo"),
     "seeds": SEARCH | dict(run_dir="{}/runs/seeds", seeds="[3, 4]", generations="1"),
+    "benchmarks": dict(
+        model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
+        repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", run_dir="{}/runs/benchmarks"),
     "train_tiny": dict(tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
 }
 
