@@ -18,7 +18,7 @@ from .figures import Figure, candidate_names, lineage, swaps
 from .genome import Genome, Space
 from .history import History
 
-# %% ../nbs/12a_panel.ipynb #580c6155
+# %% ../nbs/12a_panel.ipynb #5387d7f6
 STYLE = """<style>
 .evo, .evo .widget-html-content { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
 .evo .widget-html-content { overflow-wrap: anywhere; }
@@ -52,10 +52,13 @@ STYLE = """<style>
 .evo .evo-cell:focus-visible { outline: 3px solid #56B4E9; outline-offset: 1px; }
 .evo .evo-cell.evo-changed { box-shadow: inset 0 0 0 3px #D55E00; }
 .evo .evo-cell.evo-selected { outline: 2px solid var(--jp-ui-font-color1, #222); outline-offset: 1px; }
-.evo .evo-cell.evo-frozen { background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.28) 0 2px, transparent 2px 8px); } .evo .evo-cell i { font-size: 9px; margin: 0 2px 0 0; }
+.evo .evo-cell.evo-frozen { background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.2) 0 2px, transparent 2px 8px); } .evo .evo-cell i { font-size: 9px; margin: 0 2px 0 0; }
 .evo .evo-axis { font-size: 11px; color: var(--jp-ui-font-color2, #555); text-align: center; } .evo .evo-axis .widget-html-content { text-align: center; font-size: 11px; }
 .evo .jupyter-button:focus-visible, .evo input:focus-visible, .evo select:focus-visible { outline: 2px solid #56B4E9; outline-offset: 1px; }
 .evo .widget-dropdown > select { background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M4 6.5l5 5 5-5' fill='none' stroke='%23808080' stroke-width='2'/%3E%3C/svg%3E"); }
+.evo .evo-field { flex-direction: column; align-items: stretch; height: auto; } .evo .evo-field > .widget-label { width: auto; height: 20px; line-height: 20px; margin: 0; text-align: left; font-size: 12px; color: var(--jp-ui-font-color2, #555); }
+.evo .evo-field > input, .evo .evo-field > select { flex: 0 0 28px; width: 100%; }
+.evo .evo-bare > .widget-label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .evo .widget-label { color: var(--jp-ui-font-color1, #222); }
 .evo .jupyter-button { height: 28px; } .evo .jupyter-button:disabled { opacity: .45; }
 </style>"""
@@ -129,7 +132,7 @@ def table(
     cells = lambda row, tag: "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
     return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</tbody></table>"
 
-# %% ../nbs/12a_panel.ipynb #5adb83da
+# %% ../nbs/12a_panel.ipynb #813d81ed
 def generation_progress(
     history: History,  # of a run
 ) -> tuple[int, int]:
@@ -157,7 +160,7 @@ def run_stats(
     stage = state["stage"] if state["stage"] is not None or here.empty else int(here.stage.iloc[-1])  # between two evaluations, the stage of the last one
     generation = min(history.generation + 1, rules.generations)
     return {
-        "generation": f"{generation} of {rules.generations}" + (f" · branch {history.branch}" if history.branch else ""),
+        "generation" + (f", branch {history.branch}" if history.branch else ""): f"{generation} of {rules.generations}",
         "stage": "–" if stage is None or history.finished else f"{stage + 1} of {len(rules.stages)}",
         "candidate": names.get(candidate, "new") if candidate else "–",
         "tokens used": short(used),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Background', 'continue_prompt', 'card', 'Workbench', 'database_progress', 'open_run', 'attach']
 
-# %% ../nbs/13_workbench.ipynb #7a588913
+# %% ../nbs/13_workbench.ipynb #d3e750f1
 import json
 import os
 import queue
@@ -27,7 +27,7 @@ from IPython.display import display
 
 from .budgets import fit_budget
 from .candidates import materialize
-from .controls import GenomeEditor, SettingsForm, button, row
+from .controls import GenomeEditor, SettingsForm, button, hinted, row
 from .data import load_pools
 from .figures import candidate_names, fitness_figure, genome_figure, lineage_figure, stages_figure, tokens_figure
 from .genome import Genome
@@ -154,7 +154,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #d533ff9a
+# %% ../nbs/13_workbench.ipynb #ce5504d4
 _ACTIVE = ("running", "paused")
 _COMING = {  # part → what will be there when the search has begun
     "fitness": "a dot for each candidate, generation by generation, and a mark for each time you steer", "stages": "the candidates' ranks before and after tuning, and who falls where",
@@ -228,10 +228,10 @@ class Workbench:
         box = lambda words: widgets.VBox([_html(f'<p class="evo-quiet">To come: {words}.</p>')], layout=widgets.Layout(width="100%", overflow="visible"))
         self._editor_box, self._form_box = box("the parent's units, to change by hand"), box("the settings, to change while the search runs")
         half = "1 1 520px"
-        self._genome_card = card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
+        self._genome_card = card("Genome", row(hinted(self.candidate), self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
         parts = [
             card("Run", self.say, self.failure, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, row(self.note, self.add_note)),
-            card("Moment", row(self.moment, self.when, self.live, self.back), hint="all pictures show the run as it was after this generation"),
+            card("Moment", row(hinted(self.moment), self.when, self.live, self.back), hint="all pictures show the run as it was after this generation"),
             card("Fitness", row(self.log_scale), self.views["fitness"], flex=half), card("Stages", self.views["stages"], flex=half, hint="lines that cross are rank flips"),
             self._genome_card, card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
             card("Edit", self._editor_box, hint="press a cell to change or freeze its unit; Inject lets the draft compete"),
@@ -593,7 +593,7 @@ class Workbench:
         if self._urgent or time.monotonic() >= self._due:
             began, urgent, self._urgent = time.monotonic(), self._urgent, False
             self._redraw(pictures, None if urgent else 1)  # one by one, so that news and answers to clicks come in between
-            self._due = time.monotonic() + 3 * (time.monotonic() - began)
+            self._due = time.monotonic() + 2 * (time.monotonic() - began)
 
     def _redraw(self, parts: dict, most: int | None = None) -> None:
         "Make anew what shows something else now: all of it, or so many parts, those drawn longest ago first."
