@@ -18,7 +18,7 @@ from .figures import Figure, candidate_names, lineage, swaps
 from .genome import Genome, Space
 from .history import History
 
-# %% ../nbs/12a_panel.ipynb #5387d7f6
+# %% ../nbs/12a_panel.ipynb #08e557b6
 STYLE = """<style>
 .evo, .evo .widget-html-content { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
 .evo .widget-html-content { overflow-wrap: anywhere; }
@@ -42,7 +42,7 @@ STYLE = """<style>
 .evo-error { border-left: 4px solid #D55E00; padding: 4px 10px; }
 .evo .evo-good { color: #00785a; } .evo .evo-bad { color: #b34a00; }
 [data-jp-theme-light="false"] .evo .evo-good { color: #35c79d; } [data-jp-theme-light="false"] .evo .evo-bad { color: #ff9a57; }
-.evo-figure { margin: 0 auto; } .evo-figure svg { display: block; width: 100%; height: auto; }
+.evo-figure { margin: 0 auto; overflow-x: auto; } .evo-figure svg { display: block; width: 100%; min-width: var(--least); height: auto; }
 .evo-list { margin: 0; padding: 0; list-style: none; max-height: 210px; overflow-y: auto; } .evo-list li { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 0 10px; padding: 2px 0; border-bottom: 1px solid var(--jp-border-color3, #eee); }
 .evo-list em { font-style: normal; color: var(--jp-ui-font-color2, #555); font-variant-numeric: tabular-nums; }
 .evo-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px 16px; } .evo-pair b { color: var(--jp-ui-font-color2, #555); font-weight: 600; font-size: 12px; }
@@ -63,7 +63,7 @@ STYLE = """<style>
 .evo .jupyter-button { height: 28px; } .evo .jupyter-button:disabled { opacity: .45; }
 </style>"""
 
-# %% ../nbs/12a_panel.ipynb #6bfbea7c
+# %% ../nbs/12a_panel.ipynb #b8da42a7
 _PAGE = {"#010206": "var(--jp-layout-color1, #ffffff)", "#010203": "var(--jp-ui-font-color1, #1f2328)", "#010204": "var(--jp-ui-font-color2, #59636e)", "#010205": "var(--jp-border-color2, #d9dee3)"}
 
 
@@ -79,7 +79,7 @@ def picture(
     for stand_in, color in _PAGE.items():
         svg = svg.replace(stand_in, color)
     svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"(?=[^>]*viewBox)| width="[\d.]+pt"(?=[^>]*viewBox)', "", svg, count=2)
-    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="max-width:{figure.get_figwidth() * 118:.0f}px">{svg}</div>'
+    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="max-width:{figure.get_figwidth() * 118:.0f}px; --least:{figure.get_figwidth() * 66:.0f}px">{svg}</div>'
 
 # %% ../nbs/12a_panel.ipynb #1ca25c11
 def short(number: float) -> str:

@@ -154,7 +154,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #ce5504d4
+# %% ../nbs/13_workbench.ipynb #b6de4508
 _ACTIVE = ("running", "paused")
 _COMING = {  # part → what will be there when the search has begun
     "fitness": "a dot for each candidate, generation by generation, and a mark for each time you steer", "stages": "the candidates' ranks before and after tuning, and who falls where",
@@ -227,7 +227,7 @@ class Workbench:
         self.views = {name: _html() for name in ("fitness", "genome", "stages", "lineage", "winners", "costs", "tokens", "budget", "log")}
         box = lambda words: widgets.VBox([_html(f'<p class="evo-quiet">To come: {words}.</p>')], layout=widgets.Layout(width="100%", overflow="visible"))
         self._editor_box, self._form_box = box("the parent's units, to change by hand"), box("the settings, to change while the search runs")
-        half = "1 1 520px"
+        half = "1 1 max(480px, 34%)"  # two in a line, or one
         self._genome_card = card("Genome", row(hinted(self.candidate), self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
         parts = [
             card("Run", self.say, self.failure, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, row(self.note, self.add_note)),
