@@ -83,7 +83,7 @@ def _fetch(options: argparse.Namespace) -> None:
             raise ParameterError(f"nothing embedded is called {name!r}; there are {', '.join(everything)}")
         print(f"{name}: {everything[name]()}")
 
-# %% ../nbs/14a_commands.ipynb #07549e92
+# %% ../nbs/14a_commands.ipynb #aedb162e
 def _add_winner_options(parser: argparse.ArgumentParser) -> None:
     "What a run directory may not say."
     parser.add_argument("--model", default="", help="of a run directory: its dense model, if it does not say")
@@ -141,7 +141,7 @@ def _eval(options: argparse.Namespace) -> None:
         measured = {}
         tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
         checkpoint = _checkpoint(options.source, options, scratch)
-        conditions = {"genome": read_card(checkpoint).genome} if (Path(checkpoint) / "card.json").exists() else {}
+        conditions = {"genome": genome} if Path(checkpoint).is_dir() and (genome := read_card(checkpoint).genome) else {}
         loader, loading = _how_to_load(checkpoint, options)
         model, tokenizer = (load_exported if loader.endswith("load_exported") else load_model)(checkpoint, **loading)
         if options.text != "none":

@@ -7,7 +7,7 @@ __all__ = ['PREFIX', 'per_layer_config', 'stock_class', 'stock_config', 'modelin
            'Card', 'base_license', 'write_card', 'read_card', 'add_scores', 'run_card', 'export_hf', 'load_exported',
            'is_run', 'load_winner']
 
-# %% ../nbs/10_export.ipynb #2775bff0
+# %% ../nbs/10_export.ipynb #c2bed7ba
 import inspect
 import json
 import os
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -133,7 +133,7 @@ def written_whole(
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
-# %% ../nbs/10_export.ipynb #e565b3cc
+# %% ../nbs/10_export.ipynb #039d5cda
 @dataclass(frozen=True)
 class Card:
     "What a model card says besides sizes."
@@ -146,6 +146,7 @@ class Card:
     provenance: dict[str, str] = field(default_factory=dict)  # versions, fingerprints, seeds, settings
     figure: object | None = None  # a matplotlib figure of the genome, or the path of a PNG
     note: str = ""  # further lines
+    form: str = "hf"  # of the export: "hf", "padded" or "gguf"
 
 
 _LICENSES = {"tiny": "apache-2.0", "smollm2-135m": "apache-2.0"}
@@ -168,7 +169,7 @@ def base_license(
     except (OSError, ValueError):  # no network, or a card without front matter
         return "", files
 
-# %% ../nbs/10_export.ipynb #3a96dd46
+# %% ../nbs/10_export.ipynb #e505f638
 _LOADING = {
     "hf": 'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True)  # runs modeling_pruned.py\n'
           'tokenizer = AutoTokenizer.from_pretrained("this/directory")',
@@ -192,17 +193,16 @@ def _hub_id(name: str) -> str | None:
     return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) else None
 
 
-def _card_data(card: Card, library: str) -> ModelCardData:
+def _card_data(card: Card) -> ModelCardData:
     "The front matter that model hubs read."
     return ModelCardData(
-        license=card.license or "unknown", base_model=_hub_id(card.base_model), library_name=library, pipeline_tag="text-generation", tags=["evoprune", "pruned"])
+        license=card.license or "unknown", base_model=_hub_id(card.base_model), library_name="gguf" if card.form == "gguf" else "transformers", pipeline_tag="text-generation", tags=["evoprune", "pruned"])
 
 
 def write_card(
     directory: Path,  # gets README.md and, with a figure, genome.png
     model: nn.Module,  # the pruned model
     card: Card,  # what is known of it
-    form: str = "hf",  # "hf", "padded" or "gguf"
     sizes: dict | None = None,  # further rows of the table of sizes
 ) -> None:
     "Write the model card, its picture, and the licence files of the base model."
@@ -220,21 +220,20 @@ def write_card(
         else:
             card.figure.savefig(directory / "genome.png", dpi=130, metadata={"Software": None})
         parts.append("![heads and channels kept, by layer](genome.png)")
-    parts += [f"```{'bash' if form == 'gguf' else 'python'}\n{_LOADING[form]}\n```", "## Sizes", _table(counts, ("what", "how much"))]
+    parts += [f"```{'bash' if card.form == 'gguf' else 'python'}\n{_LOADING[card.form]}\n```", "## Sizes", _table(counts, ("what", "how much"))]
     parts += [_scores(card.scores)] * bool(card.scores)
     parts += ["## Licence", f"That of the base model: {card.license}." if card.license else "That of the base model, which this directory's maker could not read from its card: look it up before use."]
     origin = ({"genome (level per unit: attention/MLP)": f"`{card.genome}`"} if card.genome else {}) | card.provenance
     if origin:
         parts += ["## Provenance", _table(origin, ("what", "value"))]
     parts += [card.note] * bool(card.note)
-    library = "gguf" if form == "gguf" else "transformers"
-    (directory / "README.md").write_text(f"---\n{_card_data(card, library)}\n---\n\n" + "\n\n".join(parts) + "\n")
+    (directory / "README.md").write_text(f"---\n{_card_data(card)}\n---\n\n" + "\n\n".join(parts) + "\n")
     for path in card.license_files:
         shutil.copyfile(path, directory / path.name)
     (directory / "card.json").write_text(json.dumps({key: getattr(card, key) for key in _CARD_KEYS}, indent=1, default=str) + "\n")
 
 
-_CARD_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note")
+_CARD_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note", "form")
 
 
 def read_card(
@@ -289,7 +288,7 @@ def run_card(
     base_model = base_model or source.get("model_name", "")
     return Card(base_model, *base_license(base_model), genome.code, space.dense_params, known | _measured(history.run_dir / "evaluation.json", genome.code) | (scores or {}), origin, figure)
 
-# %% ../nbs/10_export.ipynb #19cd5544
+# %% ../nbs/10_export.ipynb #a68c4c32
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer
@@ -311,10 +310,10 @@ def export_hf(
             "allow_global_per_layer_attribute_access": True, "kv_index": None, "per_layer_config": per_layer_config(model), "norm_names": layer_norms(decoder_layers(model)[1][0])}
         (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         (scratch / "modeling_pruned.py").write_text(modeling_source(model))
-        write_card(scratch, model, card)
+        write_card(scratch, model, replace(card, form="hf"))
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #cba15178
+# %% ../nbs/10_export.ipynb #658cd6e6
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -323,7 +322,8 @@ def load_exported(
     "The model, in evaluation mode, and its tokenizer. No code in the directory is run. Raises `ValueError` for a directory that is no checkpoint."
     path = Path(directory) / "config.json"
     if not path.exists():
-        raise ValueError(f"{directory} is no checkpoint: it has no config.json")
+        instead = "; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from" if any(Path(directory).glob("*.gguf")) else ""
+        raise ValueError(f"{directory} is no checkpoint: it has no config.json{instead}")
     kind = json.loads(path.read_text()).get("model_type", "")
     if not kind.startswith(PREFIX):
         if dtype == "auto":

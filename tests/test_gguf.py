@@ -154,6 +154,13 @@ def test_metadata_says_what_differs_by_layer(made, tmp_path):
     assert "\nlicense: apache-2.0\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_commands_that_need_a_checkpoint_say_so_of_a_gguf_file(made, tmp_path):
+    "Evaluation and post-training of a GGUF directory point to what it was made from."
+    export_gguf(made("llama-gqa", "thin"), None, tmp_path / "out")
+    with pytest.raises(ValueError, match="no config.json; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from"):
+        load_exported(tmp_path / "out")
+
+
 def test_a_sliding_window_bounds_the_context(made, tmp_path):
     "deci has no sliding window: the file claims no more context than computes the same."
     assert context_length(made("mistral", "thin")) == 8 and context_length(made("llama-gqa", "thin")) == 128
