@@ -263,7 +263,7 @@ def last_checkpoint(
             shutil.rmtree(path)
     return next((path for path in reversed(checkpoints) if path.exists()), None)
 
-# %% ../nbs/10b_posttraining.ipynb #85f2a1d4
+# %% ../nbs/10b_posttraining.ipynb #d467f76e
 def _claim(work: Path, identity: dict) -> None:
     "Make the working directory, or check that it belongs to this post-training."
     path, identity = work / "settings.json", json.loads(json.dumps(identity))
@@ -303,7 +303,7 @@ def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -
     done = f"{record['tokens']:,} tokens of {record['text']}{teacher}; settings and losses are in posttraining.json"
     if (source / "card.json").exists():
         card = read_card(source)
-        before = {f"{name.removesuffix(', before')}, before": value for name, value in card.scores.items()}
+        before = {name if "in the search" in name else f"{name.removesuffix(', before')}, before": value for name, value in card.scores.items()}
         form = "hf" if model.config.model_type.startswith(PREFIX) else "padded"
         write_card(directory, model, replace(card, scores=before, provenance=card.provenance | {"post-training": done}), form)
     else:

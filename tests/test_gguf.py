@@ -68,7 +68,6 @@ for case in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 def llama_cpp(root) -> None:
     "Run llama.cpp, in another process, over every case in a directory."
-    pytest.importorskip("cyllama")
     done = subprocess.run([sys.executable, "-c", RUN, str(root)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
