@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'main']
 
-# %% ../nbs/14a_commands.ipynb #74ef5e57
+# %% ../nbs/14a_commands.ipynb #210c0564
 import argparse
 import json
 import os
@@ -20,11 +20,10 @@ from torch import nn
 from .data import load_pools
 from .evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
 from .experiments import ParameterError, file_hash, notebook_parameters, run_experiment, text_table
-from .export import Card, base_license, check_target, export_hf, is_run, load_exported, load_winner, read_card
+from .export import Card, add_scores, check_target, export_hf, is_run, load_exported, load_winner, read_card, run_card
 from .figures import genome_figure
 from .genome import Genome
 from .gguf_export import export_gguf
-from .history import History
 from .latency import kv_cache_bytes, measure_latency, peak_memory
 from .models import load_model, resolve_device
 from .padded import export_padded
@@ -84,7 +83,7 @@ def _fetch(options: argparse.Namespace) -> None:
             raise ParameterError(f"nothing embedded is called {name!r}; there are {', '.join(everything)}")
         print(f"{name}: {everything[name]()}")
 
-# %% ../nbs/14a_commands.ipynb #447e1327
+# %% ../nbs/14a_commands.ipynb #aedb162e
 def _add_winner_options(parser: argparse.ArgumentParser) -> None:
     "What a run directory may not say."
     parser.add_argument("--model", default="", help="of a run directory: its dense model, if it does not say")
@@ -96,7 +95,7 @@ def _checkpoint(source: str, options: argparse.Namespace, scratch: str) -> str:
     if not is_run(source):
         return source
     candidate, tokenizer, history = load_winner(source, options.model, database=options.database)
-    return str(export_hf(candidate, tokenizer, Path(scratch) / "winner", _run_card(history, options.model or history.source["model_name"], history.winner)))
+    return str(export_hf(candidate, tokenizer, Path(scratch) / "winner", run_card(history, base_model=options.model, figure=genome_figure(history.winner, history.space))))
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -139,9 +138,10 @@ def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dic
 
 def _eval(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        conditions, measured = {}, {}
+        measured = {}
         tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
         checkpoint = _checkpoint(options.source, options, scratch)
+        conditions = {"genome": genome} if Path(checkpoint).is_dir() and (genome := read_card(checkpoint).genome) else {}
         loader, loading = _how_to_load(checkpoint, options)
         model, tokenizer = (load_exported if loader.endswith("load_exported") else load_model)(checkpoint, **loading)
         if options.text != "none":
@@ -161,6 +161,8 @@ def _eval(options: argparse.Namespace) -> None:
     report = evaluation_report(model, options.source, conditions, **measured)
     here = Path(options.source)
     path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
+    if path == here / "evaluation.json" and (here / "card.json").exists():
+        add_scores(here)
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
 
 # %% ../nbs/14a_commands.ipynb #698f64b3
@@ -284,24 +286,7 @@ def _export(options: argparse.Namespace) -> None:
     else:
         print(export_gguf(model, tokenizer, out, card, pad_heads=options.pad_heads))
 
-# %% ../nbs/14a_commands.ipynb #9c905c55
-def _run_card(history: History, name: str, genome: Genome) -> Card:
-    "The model card of a genome of a run."
-    settings, space, licensed = history.settings, history.space, base_license(name)
-    rows = history.survivors
-    rows = rows[rows.genome == genome.code].tail(1)
-    scores = {}
-    for row in rows.itertuples():
-        scores[f"fitness in the search ({'KL to the dense model, nats per token' if history.config.fitness == 'kl' else 'perplexity'})"] = row.fitness
-        if row.heldout_loss == row.heldout_loss:  # tracked
-            scores["held-out loss before post-training (nats per token)"] = row.heldout_loss
-    made, tokens = settings.get("provenance", {}), history.tokens
-    origin = {"run": history.run_dir.resolve().name, "search": "finished" if history.finished else f"not finished: in generation {history.generation + 1} of {history.rules.generations}", "seed": str(history.config.seed),
-              "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring", "git revision": str(made.get("git_revision")), "packages": ", ".join(f"{k} {v}" for k, v in made.get("packages", {}).items()),
-              "fingerprints": ", ".join(f"{k} {v}" for k, v in settings.get("fingerprints", {}).items())}
-    return Card(name, *licensed, genome.code, space.dense_params, scores, origin, genome_figure(genome, space))
-
-
+# %% ../nbs/14a_commands.ipynb #f56050ac
 def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
     "The pruned model that a command is about, its tokenizer, and its card."
     source = Path(options.source)
@@ -313,7 +298,7 @@ def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
         return *load_exported(source), read_card(source)
     model, tokenizer, history = load_winner(source, options.model, options.dtype, options.database, genome=options.genome)
     genome = Genome.parse(options.genome) if options.genome else history.winner
-    return model, tokenizer, _run_card(history, options.model or history.source["model_name"], genome)
+    return model, tokenizer, run_card(history, genome, options.model, genome_figure(genome, history.space))
 
 # %% ../nbs/14a_commands.ipynb #9e32b36c
 def _parser() -> argparse.ArgumentParser:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'per_layer_config', 'stock_class', 'stock_config', 'modeling_source', 'check_target', 'written_whole',
-           'Card', 'base_license', 'write_card', 'read_card', 'export_hf', 'load_exported', 'is_run', 'load_winner']
+           'Card', 'base_license', 'write_card', 'read_card', 'add_scores', 'run_card', 'export_hf', 'load_exported',
+           'is_run', 'load_winner']
 
-# %% ../nbs/10_export.ipynb #2775bff0
+# %% ../nbs/10_export.ipynb #c2bed7ba
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def modeling_source(
     names = dict(config=stock.config_class.__name__, model=stock.__name__, model_type=PREFIX + stock.config_class.model_type)
     return f'"""A pruned {names["model"]}: its layers differ in width. Needs torch and transformers only."""\n\n' + text.strip() + "\n" + _TEMPLATE.format(**names)
 
-# %% ../nbs/10_export.ipynb #47e142e6
+# %% ../nbs/10_export.ipynb #3a6e1227
 def check_target(
     directory: str | Path,  # to write to
 ) -> Path:
@@ -125,12 +126,14 @@ def written_whole(
         if directory.exists():
             directory.rmdir()
         os.replace(scratch, directory)
-        directory.chmod(0o755)  # mkdtemp makes private directories
+        directory.chmod(0o755)  # mkdtemp makes private directories, safetensors private files
+        for path in directory.iterdir():
+            path.chmod(0o644)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
-# %% ../nbs/10_export.ipynb #f1918bb5
+# %% ../nbs/10_export.ipynb #039d5cda
 @dataclass(frozen=True)
 class Card:
     "What a model card says besides sizes."
@@ -143,6 +146,7 @@ class Card:
     provenance: dict[str, str] = field(default_factory=dict)  # versions, fingerprints, seeds, settings
     figure: object | None = None  # a matplotlib figure of the genome, or the path of a PNG
     note: str = ""  # further lines
+    form: str = "hf"  # of the export: "hf", "padded" or "gguf"
 
 
 _LICENSES = {"tiny": "apache-2.0", "smollm2-135m": "apache-2.0"}
@@ -154,8 +158,8 @@ def base_license(
     name: str,  # an embedded model, a local directory, or a hub id
 ) -> tuple[str, tuple[Path, ...]]:
     "Licence and licence files of a model, as its own card and directory tell; empty where they do not."
-    if name in EMBEDDED_MODELS:
-        return _LICENSES[name], ()
+    if not name or name in EMBEDDED_MODELS:
+        return _LICENSES.get(name, ""), ()
     directory = Path(name).expanduser()
     files = tuple(sorted(path for path in directory.iterdir() if path.is_file() and _LICENSE_FILES.match(path.name))) if directory.is_dir() else ()
     if directory.is_dir() and not (directory / "README.md").exists():
@@ -165,7 +169,7 @@ def base_license(
     except (OSError, ValueError):  # no network, or a card without front matter
         return "", files
 
-# %% ../nbs/10_export.ipynb #4383b264
+# %% ../nbs/10_export.ipynb #e505f638
 _LOADING = {
     "hf": 'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True)  # runs modeling_pruned.py\n'
           'tokenizer = AutoTokenizer.from_pretrained("this/directory")',
@@ -179,19 +183,26 @@ def _table(rows: dict, head: tuple[str, str]) -> str:
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 
-def _card_data(card: Card, library: str) -> ModelCardData:
+def _scores(scores: dict) -> str:
+    return "## Scores\n\n" + _table(scores, ("measured", "value"))
+
+
+def _hub_id(name: str) -> str | None:
+    "The hub's name of a base model, if it has one."
+    name = _HUB_IDS.get(name, name)
+    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) else None
+
+
+def _card_data(card: Card) -> ModelCardData:
     "The front matter that model hubs read."
-    base = _HUB_IDS.get(card.base_model, card.base_model)
-    is_hub_id = base.count("/") == 1 and not base.startswith(("/", ".", "~"))
     return ModelCardData(
-        license=card.license or "unknown", base_model=base if is_hub_id else None, library_name=library, pipeline_tag="text-generation", tags=["evoprune", "pruned"])
+        license=card.license or "unknown", base_model=_hub_id(card.base_model), library_name="gguf" if card.form == "gguf" else "transformers", pipeline_tag="text-generation", tags=["evoprune", "pruned"])
 
 
 def write_card(
     directory: Path,  # gets README.md and, with a figure, genome.png
     model: nn.Module,  # the pruned model
     card: Card,  # what is known of it
-    form: str = "hf",  # "hf", "padded" or "gguf"
     sizes: dict | None = None,  # further rows of the table of sizes
 ) -> None:
     "Write the model card, its picture, and the licence files of the base model."
@@ -201,7 +212,7 @@ def write_card(
         counts |= {"parameters of the dense model": card.dense_params, "kept": f"{n_params / card.dense_params:.1%}"}
     counts |= {"query heads by layer": " ".join(str(row.get("num_attention_heads", 0)) for row in layers), "key/value heads by layer": " ".join(str(row.get("num_key_value_heads", 0)) for row in layers),
                "MLP channels by layer": " ".join(str(row.get("intermediate_size", 0)) for row in layers)} | (sizes or {})
-    base = f" of {card.base_model}" if card.base_model else ""
+    base = f" of {_hub_id(card.base_model) or Path(card.base_model).name}" if card.base_model else ""
     parts = [f"# A pruned {stock_class(model).__name__}{base}", f"{n_params:,} parameters. Made with evoprune_nb by training-aware evolutionary structured pruning."]
     if card.figure is not None:
         if isinstance(card.figure, Path):
@@ -209,22 +220,20 @@ def write_card(
         else:
             card.figure.savefig(directory / "genome.png", dpi=130, metadata={"Software": None})
         parts.append("![heads and channels kept, by layer](genome.png)")
-    parts += [f"```{'bash' if form == 'gguf' else 'python'}\n{_LOADING[form]}\n```", "## Sizes", _table(counts, ("what", "how much"))]
-    if card.scores:
-        parts += ["## Scores", _table(card.scores, ("measured", "value"))]
+    parts += [f"```{'bash' if card.form == 'gguf' else 'python'}\n{_LOADING[card.form]}\n```", "## Sizes", _table(counts, ("what", "how much"))]
+    parts += [_scores(card.scores)] * bool(card.scores)
     parts += ["## Licence", f"That of the base model: {card.license}." if card.license else "That of the base model, which this directory's maker could not read from its card: look it up before use."]
     origin = ({"genome (level per unit: attention/MLP)": f"`{card.genome}`"} if card.genome else {}) | card.provenance
     if origin:
         parts += ["## Provenance", _table(origin, ("what", "value"))]
     parts += [card.note] * bool(card.note)
-    library = "gguf" if form == "gguf" else "transformers"
-    (directory / "README.md").write_text(f"---\n{_card_data(card, library)}\n---\n\n" + "\n\n".join(parts) + "\n")
+    (directory / "README.md").write_text(f"---\n{_card_data(card)}\n---\n\n" + "\n\n".join(parts) + "\n")
     for path in card.license_files:
         shutil.copyfile(path, directory / path.name)
     (directory / "card.json").write_text(json.dumps({key: getattr(card, key) for key in _CARD_KEYS}, indent=1, default=str) + "\n")
 
 
-_CARD_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note")
+_CARD_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note", "form")
 
 
 def read_card(
@@ -238,13 +247,48 @@ def read_card(
     return Card(**row, license_files=base_license(str(directory.absolute()))[1], figure=picture if picture.exists() else None)
 
 
-def _measured(path: Path) -> dict[str, float]:
-    "Scores in the report that an evaluation has left in a directory."
+def _measured(path: Path, genome: str = "") -> dict[str, float]:
+    "Scores in the report that an evaluation has left in a directory; of that genome alone, where one is given."
     row = json.loads(path.read_text()) if path.exists() else {}
+    if genome and row.get("conditions", {}).get("genome") != genome:
+        return {}
     heldout = {"held-out perplexity": row["heldout"]["perplexity"]} if row.get("heldout") else {}
     return heldout | {f"{task} {metric}": value for task, score in row.get("tasks", {}).items() for metric, value in score["metrics"].items()}
 
-# %% ../nbs/10_export.ipynb #19cd5544
+
+def add_scores(
+    directory: str | Path,  # of an export, with an evaluation.json in it
+) -> None:
+    "Put what an evaluation has measured into the export's model card. The rest of the card, edited by hand or not, stays as it is."
+    path, section = Path(directory) / "README.md", _scores(read_card(directory).scores)
+    text = path.read_text()
+    path.write_text(re.sub(r"(?s)(## Scores\n.*?)?(?=^## Licence$)", lambda _: f"{section}\n\n", text, count=1, flags=re.M))
+
+# %% ../nbs/10_export.ipynb #34135a8a
+def run_card(
+    history: History,  # of the run
+    genome: Genome | None = None,  # one of its genomes; the winner by default
+    base_model: str = "",  # name of the dense model, where the run does not say
+    figure: object | None = None,  # of the genome
+    scores: dict[str, float] | None = None,  # measured besides
+) -> Card:
+    "The model card of a genome of a run: licence of its base model, what the search measured, and where all comes from."
+    settings, space, source, tokens, genome = history.settings, history.space, history.source or {}, history.tokens, genome or history.winner
+    rows, known = history.survivors, {}
+    for row in rows[rows.genome == genome.code].tail(1).itertuples():
+        known[f"fitness in the search ({'KL to the dense model, nats per token' if history.config.fitness == 'kl' else 'perplexity'})"] = row.fitness
+        if row.heldout_loss == row.heldout_loss:  # tracked
+            known["held-out loss in the search (nats per token)"] = row.heldout_loss
+    made, listed = settings.get("provenance", {}), lambda row: ", ".join(f"{key} {value}" for key, value in row.items())
+    origin = {
+        "run": history.run_dir.resolve().name, "search": "finished" if history.finished else f"not finished: in generation {history.generation + 1} of {history.rules.generations}",
+        "seed": str(history.config.seed), "text of calibration, tuning and scoring": source.get("text", "see fingerprints"),
+        "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring", "git revision": str(made.get("git_revision")),
+        "packages": listed(made.get("packages", {})), "fingerprints": listed(settings.get("fingerprints", {}))}
+    base_model = base_model or source.get("model_name", "")
+    return Card(base_model, *base_license(base_model), genome.code, space.dense_params, known | _measured(history.run_dir / "evaluation.json", genome.code) | (scores or {}), origin, figure)
+
+# %% ../nbs/10_export.ipynb #a68c4c32
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer
@@ -266,10 +310,10 @@ def export_hf(
             "allow_global_per_layer_attribute_access": True, "kv_index": None, "per_layer_config": per_layer_config(model), "norm_names": layer_norms(decoder_layers(model)[1][0])}
         (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         (scratch / "modeling_pruned.py").write_text(modeling_source(model))
-        write_card(scratch, model, card)
+        write_card(scratch, model, replace(card, form="hf"))
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #cba15178
+# %% ../nbs/10_export.ipynb #658cd6e6
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -278,7 +322,8 @@ def load_exported(
     "The model, in evaluation mode, and its tokenizer. No code in the directory is run. Raises `ValueError` for a directory that is no checkpoint."
     path = Path(directory) / "config.json"
     if not path.exists():
-        raise ValueError(f"{directory} is no checkpoint: it has no config.json")
+        instead = "; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from" if any(Path(directory).glob("*.gguf")) else ""
+        raise ValueError(f"{directory} is no checkpoint: it has no config.json{instead}")
     kind = json.loads(path.read_text()).get("model_type", "")
     if not kind.startswith(PREFIX):
         if dtype == "auto":

@@ -6,10 +6,10 @@
 __all__ = ['PLACEHOLDER', 'interleaved', 'rope_factors', 'DeciLayer', 'deci_layers', 'gguf_tensors', 'splitter_name',
            'add_tokenizer', 'check_gguf', 'context_length', 'export_gguf']
 
-# %% ../nbs/10c_gguf.ipynb #471fa7e1
+# %% ../nbs/10c_gguf.ipynb #77c182d7
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -231,7 +231,7 @@ def context_length(
     window = getattr(model.config, "sliding_window", None) if stock_class(model).config_class.model_type == "mistral" else None
     return min([model.config.max_position_embeddings, *windows, *([window] if window else [])])
 
-# %% ../nbs/10c_gguf.ipynb #a2a17e2e
+# %% ../nbs/10c_gguf.ipynb #49dd2002
 _TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -288,5 +288,5 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_card(scratch, model, card, "gguf", {"numbers in model.gguf, zeros of placeholders included": written})
+        write_card(scratch, model, replace(card, form="gguf"), {"numbers in model.gguf, zeros of placeholders included": written})
     return Path(directory) / "model.gguf"

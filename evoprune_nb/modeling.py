@@ -62,7 +62,7 @@ def partial_layer(layer: type[nn.Module]) -> type[nn.Module]:
 
     return PartialLayer
 
-# %% ../nbs/04a_modeling.ipynb #d65cd20c
+# %% ../nbs/04a_modeling.ipynb #76778933
 class OwnConfig:
     "A view of a configuration in which some values are a layer's own."
 
@@ -86,9 +86,7 @@ def head_map(attention: nn.Module) -> list[int]:
     if hasattr(attention, "kv_index"):
         return list(attention.kv_index)
     n_heads = attention.o_proj.in_features // attention.head_dim
-    fused = getattr(attention, "qkv_proj", None)
-    n_kv = attention.k_proj.out_features // attention.head_dim if fused is None else (fused.out_features // attention.head_dim - n_heads) // 2
-    return [head * n_kv // n_heads for head in range(n_heads)]
+    return [head // attention.num_key_value_groups for head in range(n_heads)]
 
 
 def shrink_attention(attention: nn.Module, kv_index: list[int]) -> None:

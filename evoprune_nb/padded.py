@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['group_sizes', 'check_groups', 'StockShape', 'stock_shape', 'padded_model', 'PaddedExport', 'export_padded']
 
-# %% ../nbs/10a_padded.ipynb #79c31f5b
+# %% ../nbs/10a_padded.ipynb #98c85f57
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,7 +123,7 @@ def padded_model(
     stock.generation_config = model.generation_config
     return stock
 
-# %% ../nbs/10a_padded.ipynb #823ab4ee
+# %% ../nbs/10a_padded.ipynb #5f2ce20a
 @dataclass(frozen=True)
 class PaddedExport:
     "What a padded export became."
@@ -181,5 +181,5 @@ def export_padded(
         stock.save_pretrained(scratch, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(scratch)
         _check_equal(model, scratch)
-        write_card(scratch, model, card, "padded", {"parameters in this padded checkpoint, zeros included": result.n_params, "share of the saving that padding keeps": f"{result.kept_saving:.0%}"})
+        write_card(scratch, model, replace(card, form="padded"), {"parameters in this padded checkpoint, zeros included": result.n_params, "share of the saving that padding keeps": f"{result.kept_saving:.0%}"})
     return result

@@ -18,11 +18,13 @@ from .figures import Figure, candidate_names, lineage, swaps
 from .genome import Genome, Space
 from .history import History
 
-# %% ../nbs/12a_panel.ipynb #5b08f5bf
+# %% ../nbs/12a_panel.ipynb #08e557b6
 STYLE = """<style>
 .evo, .evo .widget-html-content { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
 .evo .widget-html-content { overflow-wrap: anywhere; }
 .evo .evo-card { border: 1px solid var(--jp-border-color2, #ddd); border-radius: 8px; background: var(--jp-layout-color1, #fff); overflow: hidden; }
+.evo .evo-card > *, .evo .widget-html, .evo .widget-html-content { min-width: 0; max-width: 100%; }
+.evo .widget-html-content { width: 100%; }
 .evo .evo-card h3 { margin: 0; font-size: 14px; font-weight: 600; }
 .evo h3 small { font-weight: 400; font-size: 12px; color: var(--jp-ui-font-color2, #555); margin-left: 6px; }
 .evo-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; }
@@ -32,16 +34,17 @@ STYLE = """<style>
 .evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px 20px; }
 .evo-stats div { min-width: 0; } .evo-stats b { display: block; font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px; }
-.evo table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums; }
+.evo table { border-collapse: collapse; width: 100%; max-width: 760px; font-size: 12.5px; font-variant-numeric: tabular-nums; }
 .evo th, .evo td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--jp-border-color3, #eee); background: none; }
 .evo th { font-weight: 600; color: var(--jp-ui-font-color2, #555); } .evo th:first-child, .evo td:first-child { text-align: left; padding-left: 0; }
 .evo details { margin-top: 6px; } .evo summary { cursor: pointer; }
-.evo pre { max-height: 260px; overflow: auto; font-size: 11.5px; line-height: 1.4; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #222); padding: 8px; border-radius: 4px; white-space: pre; }
+.evo pre { box-sizing: border-box; max-width: 100%; max-height: 260px; overflow: auto; font-size: 11.5px; line-height: 1.4; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #222); padding: 8px; border-radius: 4px; white-space: pre; }
 .evo-error { border-left: 4px solid #D55E00; padding: 4px 10px; }
-.evo-note { border-left: 4px solid #56B4E9; padding: 2px 10px; }
-.evo-figure { margin: 0 auto; } .evo-figure svg { display: block; width: 100%; height: auto; }
-.evo-list { margin: 0; padding: 0; list-style: none; max-height: 210px; overflow-y: auto; } .evo-list li { padding: 2px 0; border-bottom: 1px solid var(--jp-border-color3, #eee); }
-.evo-list em { font-style: normal; color: var(--jp-ui-font-color2, #555); display: inline-block; min-width: 96px; font-variant-numeric: tabular-nums; }
+.evo .evo-good { color: #00785a; } .evo .evo-bad { color: #b34a00; }
+[data-jp-theme-light="false"] .evo .evo-good { color: #35c79d; } [data-jp-theme-light="false"] .evo .evo-bad { color: #ff9a57; }
+.evo-figure { margin: 0 auto; overflow-x: auto; } .evo-figure svg { display: block; width: 100%; min-width: var(--least); height: auto; }
+.evo-list { margin: 0; padding: 0; list-style: none; max-height: 210px; overflow-y: auto; } .evo-list li { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 0 10px; padding: 2px 0; border-bottom: 1px solid var(--jp-border-color3, #eee); }
+.evo-list em { font-style: normal; color: var(--jp-ui-font-color2, #555); font-variant-numeric: tabular-nums; }
 .evo-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px 16px; } .evo-pair b { color: var(--jp-ui-font-color2, #555); font-weight: 600; font-size: 12px; }
 .evo-pair p { margin: 2px 0 0; white-space: pre-wrap; } .evo-pair i { font-style: normal; color: var(--jp-ui-font-color2, #555); }
 .evo .evo-cell { padding: 0 1px; min-width: 0; font-size: 11px; line-height: 26px; border-radius: 2px; border: 1px solid transparent; font-variant-numeric: tabular-nums; overflow: hidden; text-overflow: clip; }
@@ -49,15 +52,19 @@ STYLE = """<style>
 .evo .evo-cell:focus-visible { outline: 3px solid #56B4E9; outline-offset: 1px; }
 .evo .evo-cell.evo-changed { box-shadow: inset 0 0 0 3px #D55E00; }
 .evo .evo-cell.evo-selected { outline: 2px solid var(--jp-ui-font-color1, #222); outline-offset: 1px; }
-.evo .evo-cell.evo-frozen { background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.45) 0 2px, transparent 2px 7px); }
+.evo .evo-cell.evo-frozen { background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.2) 0 2px, transparent 2px 8px); } .evo .evo-cell i { font-size: 9px; margin: 0 2px 0 0; }
 .evo .evo-axis { font-size: 11px; color: var(--jp-ui-font-color2, #555); text-align: center; } .evo .evo-axis .widget-html-content { text-align: center; font-size: 11px; }
 .evo .jupyter-button:focus-visible, .evo input:focus-visible, .evo select:focus-visible { outline: 2px solid #56B4E9; outline-offset: 1px; }
+.evo .widget-dropdown > select { background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M4 6.5l5 5 5-5' fill='none' stroke='%23808080' stroke-width='2'/%3E%3C/svg%3E"); }
+.evo .evo-field { flex-direction: column; align-items: stretch; height: auto; } .evo .evo-field > .widget-label { width: auto; height: 20px; line-height: 20px; margin: 0; text-align: left; font-size: 12px; color: var(--jp-ui-font-color2, #555); }
+.evo .evo-field > input, .evo .evo-field > select { flex: 0 0 28px; width: 100%; }
+.evo .evo-bare > .widget-label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .evo .widget-label { color: var(--jp-ui-font-color1, #222); }
 .evo .jupyter-button { height: 28px; } .evo .jupyter-button:disabled { opacity: .45; }
 </style>"""
 
-# %% ../nbs/12a_panel.ipynb #0866723c
-_PAGE = {"#010203": "var(--jp-ui-font-color1, #1f2328)", "#010204": "var(--jp-ui-font-color2, #59636e)", "#010205": "var(--jp-border-color2, #d9dee3)"}
+# %% ../nbs/12a_panel.ipynb #b8da42a7
+_PAGE = {"#010206": "var(--jp-layout-color1, #ffffff)", "#010203": "var(--jp-ui-font-color1, #1f2328)", "#010204": "var(--jp-ui-font-color2, #59636e)", "#010205": "var(--jp-border-color2, #d9dee3)"}
 
 
 def picture(
@@ -72,7 +79,7 @@ def picture(
     for stand_in, color in _PAGE.items():
         svg = svg.replace(stand_in, color)
     svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"(?=[^>]*viewBox)| width="[\d.]+pt"(?=[^>]*viewBox)', "", svg, count=2)
-    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="max-width:{figure.get_figwidth() * 118:.0f}px">{svg}</div>'
+    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="max-width:{figure.get_figwidth() * 118:.0f}px; --least:{figure.get_figwidth() * 66:.0f}px">{svg}</div>'
 
 # %% ../nbs/12a_panel.ipynb #1ca25c11
 def short(number: float) -> str:
@@ -125,7 +132,7 @@ def table(
     cells = lambda row, tag: "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
     return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</tbody></table>"
 
-# %% ../nbs/12a_panel.ipynb #149b1e9c
+# %% ../nbs/12a_panel.ipynb #813d81ed
 def generation_progress(
     history: History,  # of a run
 ) -> tuple[int, int]:
@@ -148,11 +155,13 @@ def run_stats(
     done, total, left = history.progress
     used, seconds = sum(history.tokens.values()), history.seconds
     names = candidate_names(history, history.generation, history.branch)
-    candidate = state.get("candidate")
+    candidate = state.get("candidate") if state["status"] == "running" else None
+    here = history.evaluations.query("branch == @history.branch and generation == @history.generation")
+    stage = state["stage"] if state["stage"] is not None or here.empty else int(here.stage.iloc[-1])  # between two evaluations, the stage of the last one
     generation = min(history.generation + 1, rules.generations)
     return {
-        "generation": f"{generation} of {rules.generations}" + (f" · branch {history.branch}" if history.branch else ""),
-        "stage": "–" if state.get("stage") is None or history.finished else f"{state['stage'] + 1} of {len(rules.stages)}",
+        "generation" + (f", branch {history.branch}" if history.branch else ""): f"{generation} of {rules.generations}",
+        "stage": "–" if stage is None or history.finished else f"{stage + 1} of {len(rules.stages)}",
         "candidate": names.get(candidate, "new") if candidate else "–",
         "tokens used": short(used),
         "time used": duration(seconds),
@@ -161,7 +170,7 @@ def run_stats(
         "memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
     }
 
-# %% ../nbs/12a_panel.ipynb #9ce04421
+# %% ../nbs/12a_panel.ipynb #04d5a9c8
 def candidate_options(
     history: History,  # of a run
     generation: int,  # which one
@@ -174,8 +183,8 @@ def candidate_options(
         return []
     names = candidate_names(history, generation, branch)
     last = frame.sort_values("stage").groupby("genome", sort=False).tail(1).sort_values(["stage", "rank"], ascending=[False, True])
-    fate = {True: "survived", False: "fell"}
-    return [(f"{names.get(row.genome, row.genome)} · stage {row.stage + 1} {fate.get(row.survived, '')} · {row.fitness:.4g}", row.genome) for row in last.itertuples()]
+    fate = {True: "survived stage", False: "fell in stage"}
+    return [(f"{names.get(row.genome, row.genome)} · {fate.get(row.survived, 'in stage')} {row.stage + 1} · {row.fitness:.4g}", row.genome) for row in last.itertuples()]
 
 # %% ../nbs/12a_panel.ipynb #09c97cb0
 _MEASURES = {"params": ("parameters", 1, ""), "flops": ("FLOPs per token", 1, ""), "latency": ("estimated latency", 1e3, " ms"), "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB")}  # name, scale and unit for people
@@ -212,7 +221,7 @@ def continuation_html(
     parts = (f"<div><b>{escape(name)}</b><p><i>{escape(prompt)}</i>{escape(text)}</p></div>" for name, text in texts.items())
     return f'<div class="evo-pair">{"".join(parts)}</div>'
 
-# %% ../nbs/12a_panel.ipynb #48e2b700
+# %% ../nbs/12a_panel.ipynb #dc498fc2
 def lineage_html(
     history: History,  # of a run
 ) -> str:
@@ -221,7 +230,7 @@ def lineage_html(
     for (_, parent), (generation, genome) in zip(path, path[1:]):
         if changes := swaps(parent, genome, history.space):
             words = ", ".join(f"{name} {a}→{b} {'▲' if b < a else '▼'}" for name, a, b in changes)
-            items.append(f"<li><em>generation {generation + 1}</em>{escape(words)}</li>")
+            items.append(f"<li><em>generation {generation + 1}</em><span>{escape(words)}</span></li>")
     if not items:
         return '<p class="evo-quiet">No offspring has replaced its parent yet.</p>'
     return f'<ul class="evo-list" tabindex="0" aria-label="winners and their swaps">{"".join(reversed(items))}</ul>'
@@ -234,11 +243,12 @@ def log_html(
     items = []
     for row in history.commands.iloc[::-1].itertuples():
         when = f"generation {row.generation + 1}" + (f", branch {row.branch}" if row.branch else "")
-        items.append(f"<li><em>{when}</em> {escape(row.text)}{f' <b>refused</b>: {escape(row.refused)}' if row.refused else ''}</li>")
+        refused = f' <b class="evo-bad">refused:</b> {escape(row.refused)}' if row.refused else ""
+        items.append(f"<li><em>{when}</em><span>{escape(row.text)}{refused}</span></li>")
     for row in history.generations.itertuples():
         if row.retarget:
             moved = ", ".join(f"{unit} {a}→{b}" for unit, a, b in row.retarget)
-            items.append(f"<li><em>generation {row.generation + 1}</em> parent fitted to the new budget by the cheapest changes: {escape(moved)}</li>")
+            items.append(f"<li><em>generation {row.generation + 1}</em><span>parent fitted to the new budget by the cheapest changes: {escape(moved)}</span></li>")
     if not items:
         return '<p class="evo-quiet">Nothing was steered yet: every command will be listed here, and is part of the run.</p>'
     return f'<ul class="evo-list" tabindex="0" aria-label="commands">{"".join(items)}</ul>'

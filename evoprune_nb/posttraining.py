@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PostTraining', 'TokenStream', 'objective', 'post_training_loss', 'last_checkpoint', 'post_train_checkpoint']
 
-# %% ../nbs/10b_posttraining.ipynb #4360d08d
+# %% ../nbs/10b_posttraining.ipynb #e1639a54
 import json
 import math
 import re
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
 from .data import EMBEDDED_TEXT, derive_seed, documents, split_of
-from .export import PREFIX, load_exported, read_card, write_card, written_whole
+from .export import load_exported, read_card, write_card, written_whole
 from .models import load_model, model_fingerprint
 from .search import provenance
 from .training import final_hidden, head_is_linear
@@ -263,7 +263,7 @@ def last_checkpoint(
             shutil.rmtree(path)
     return next((path for path in reversed(checkpoints) if path.exists()), None)
 
-# %% ../nbs/10b_posttraining.ipynb #85f2a1d4
+# %% ../nbs/10b_posttraining.ipynb #5bf39086
 def _claim(work: Path, identity: dict) -> None:
     "Make the working directory, or check that it belongs to this post-training."
     path, identity = work / "settings.json", json.loads(json.dumps(identity))
@@ -303,14 +303,13 @@ def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -
     done = f"{record['tokens']:,} tokens of {record['text']}{teacher}; settings and losses are in posttraining.json"
     if (source / "card.json").exists():
         card = read_card(source)
-        before = {f"{name.removesuffix(', before')}, before": value for name, value in card.scores.items()}
-        form = "hf" if model.config.model_type.startswith(PREFIX) else "padded"
-        write_card(directory, model, replace(card, scores=before, provenance=card.provenance | {"post-training": done}), form)
+        before = {name if "in the search" in name else f"{name.removesuffix(', before')}, before": value for name, value in card.scores.items()}
+        write_card(directory, model, replace(card, scores=before, provenance=card.provenance | {"post-training": done}))
     else:
         card = (source / "README.md").read_text() if (source / "README.md").exists() else ""
         (directory / "README.md").write_text(f"{card.rstrip()}\n\n## Post-training\n\n{done}.\n".lstrip())
 
-# %% ../nbs/10b_posttraining.ipynb #6d35d52f
+# %% ../nbs/10b_posttraining.ipynb #dd3d491e
 def post_train_checkpoint(
     source: str | Path,  # directory of an exported (or any other local) checkpoint
     out: str | Path,  # directory of the result; must not exist yet, or be empty
@@ -320,7 +319,7 @@ def post_train_checkpoint(
     teacher: str = "",  # the dense model to distill from: embedded name, directory or hub id
     work: str | Path | None = None,  # directory of checkpoints, removed at the end; `out` + ".training" by default
     checkpoint_tokens: int | None = None,  # tokens between checkpoints; a twentieth of the budget by default
-    use_cpu: bool = False,  # even where there is an accelerator
+    use_cpu: bool = False,  # even where there is an accelerator; where there is none, always
     progress: bool = True,  # show Trainer's progress bar
     **options,  # further `TrainingArguments`
 ) -> Path:
@@ -332,9 +331,11 @@ def post_train_checkpoint(
         raise RuntimeError("transformers.Trainer needs accelerate: pip install 'evoprune-nb[train]'")
     if bool(teacher) != bool(settings.distillation):
         raise ValueError(f"distillation needs both a teacher and a weight above 0; got teacher {teacher!r} and distillation {settings.distillation}")
-    arguments = _arguments(work, settings, use_cpu, checkpoint_tokens, progress, options)
+    arguments = _arguments(work, settings, use_cpu or not torch.accelerator.is_available(), checkpoint_tokens, progress, options)
     model, tokenizer = load_exported(source)
     _check_head(model, str(source))
+    if read_card(source).form == "padded":
+        raise ValueError(f"{source} is padded, and training would fill its zero heads; post-train the run or its hf export, then export the result with --format padded")
     origin = {"source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), "settings": asdict(settings), "devices": arguments.world_size, "text": str(text), "column": column, "teacher": teacher}
     model = model.float().requires_grad_(True)
     dense = _load_teacher(teacher, model, arguments.device) if teacher else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Background', 'continue_prompt', 'card', 'Workbench', 'database_progress', 'open_run', 'attach']
 
-# %% ../nbs/13_workbench.ipynb #7a588913
+# %% ../nbs/13_workbench.ipynb #d3e750f1
 import json
 import os
 import queue
@@ -27,7 +27,7 @@ from IPython.display import display
 
 from .budgets import fit_budget
 from .candidates import materialize
-from .controls import GenomeEditor, SettingsForm, button, row
+from .controls import GenomeEditor, SettingsForm, button, hinted, row
 from .data import load_pools
 from .figures import candidate_names, fitness_figure, genome_figure, lineage_figure, stages_figure, tokens_figure
 from .genome import Genome
@@ -154,8 +154,12 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #04db54c7
+# %% ../nbs/13_workbench.ipynb #b6de4508
 _ACTIVE = ("running", "paused")
+_COMING = {  # part → what will be there when the search has begun
+    "fitness": "a dot for each candidate, generation by generation, and a mark for each time you steer", "stages": "the candidates' ranks before and after tuning, and who falls where",
+    "genome": "what each layer keeps, and what a mutation changes", "costs": "parameters, FLOPs, latency and K/V cache of a candidate", "lineage": "the winners, and the swaps that make them",
+    "tokens": "the tokens used, against the plan", "log": "your commands, and when each was applied"}
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()  # so that a second panel need not load a model for it
 
 
@@ -205,27 +209,30 @@ class Workbench:
             text.layout = widgets.Layout(width="205px", margin="0")
         self.note = widgets.Text(placeholder="a note, kept with the run", tooltip="Free text, kept in the run's log and marked on the time axis", layout=widgets.Layout(flex="1 1 220px", width="auto", margin="0"))
         self.add_note = button("Add note", "Keep this text in the run's log", self._add_note, "pencil")
-        self.moment = widgets.IntSlider(1, min=1, max=1, tooltip="Every picture shows the run as it was after this generation", layout=widgets.Layout(flex="1 1 240px", width="auto"), continuous_update=False)
+        self.moment = widgets.IntSlider(1, min=1, max=1, tooltip="Every picture shows the run as it was after this generation", layout=widgets.Layout(flex="1 1 240px", width="auto"), continuous_update=False, readout=False)
+        self.when = _html()
+        self.when.layout.width = "190px"
         self.live = widgets.ToggleButton(True, description="Live", icon="eye", tooltip="Follow the run as it goes on", layout=widgets.Layout(width="auto", flex="0 0 auto"))
         self.back = button("Branch from here", "Go back to the parent of the generation at the slider, and search on from there on a new branch; nothing is lost", self._branch, "code-fork")
         self.moment.observe(lambda _: self._moved(), "value")
         self.live.observe(lambda _: self._urge(), "value")
         self.log_scale = widgets.ToggleButtons(options=[("linear", False), ("log", True)], tooltips=["Linear axis", "Logarithmic axis"], style={"button_width": "auto"})
         self.log_scale.observe(lambda _: self._urge(), "value")
-        self.candidate = widgets.Dropdown(options=[("–", "")], description="candidate", tooltip="Which candidate is shown beside its parent, priced and asked to continue the prompt", layout=widgets.Layout(width="330px", margin="0"))
+        self.candidate = widgets.Dropdown(options=[("–", "")], description="candidate", style={"description_width": "auto"}, tooltip="Which candidate is shown beside its parent, priced and asked to continue the prompt", layout=widgets.Layout(width="330px", margin="0"))
         self.candidate.observe(lambda _: self._urge(), "value")
         self.edit = button("Copy to draft", "Begin a draft from this candidate", self._copy_to_draft, "copy")
         self.prompt = widgets.Text("The city is located in", placeholder="a prompt", tooltip="Text for both models to go on from", layout=widgets.Layout(flex="1 1 220px", width="auto", margin="0"))
         self.ask = button("Continue", "Let the candidate and the dense model continue the prompt, greedily; the search goes on meanwhile", self._ask, "comment")
         self.answer = _html()
         self.views = {name: _html() for name in ("fitness", "genome", "stages", "lineage", "winners", "costs", "tokens", "budget", "log")}
-        self._editor_box, self._form_box = widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible")), widgets.VBox(layout=widgets.Layout(width="100%", overflow="visible"))
-        half = "1 1 440px"
-        self._genome_card = card("Genome", row(self.candidate, self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
+        box = lambda words: widgets.VBox([_html(f'<p class="evo-quiet">To come: {words}.</p>')], layout=widgets.Layout(width="100%", overflow="visible"))
+        self._editor_box, self._form_box = box("the parent's units, to change by hand"), box("the settings, to change while the search runs")
+        half = "1 1 max(480px, 34%)"  # two in a line, or one
+        self._genome_card = card("Genome", row(hinted(self.candidate), self.edit), self.views["genome"], flex=half, hint="a candidate below its parent")
         parts = [
-            card("Run", self.say, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, self.failure, row(self.note, self.add_note)),
-            card("Moment", row(self.moment, self.live, self.back), hint="all pictures show the run as it was after this generation"),
-            card("Fitness", self.views["fitness"], row(self.log_scale), flex=half), card("Stages", self.views["stages"], flex=half, hint="lines that cross are rank flips"),
+            card("Run", self.say, self.failure, row(self.start, self.pause, self.step, self.step_generation, self.stop), self.stats, *bars, row(self.note, self.add_note)),
+            card("Moment", row(hinted(self.moment), self.when, self.live, self.back), hint="all pictures show the run as it was after this generation"),
+            card("Fitness", row(self.log_scale), self.views["fitness"], flex=half), card("Stages", self.views["stages"], flex=half, hint="lines that cross are rank flips"),
             self._genome_card, card("Candidate", self.views["costs"], row(self.prompt, self.ask), self.answer, flex=half, hint="against the dense model"),
             card("Edit", self._editor_box, hint="press a cell to change or freeze its unit; Inject lets the draft compete"),
             card("Lineage", self.views["lineage"], self.views["winners"], flex=half), card("Steer", self._form_box, flex=half),
@@ -260,11 +267,10 @@ class Workbench:
             before = len(self.history.commands) if self.history else 0
             command = worker.send(command)
         except ValueError as error:
-            self._tell(f'<b style="color:#D55E00">refused:</b> {escape(str(error))}')
+            self._tell(f'<b class="evo-bad">refused:</b> {escape(str(error))}')
             return False
-        with self._lock:
-            self._queued.append((command, before))
         self._tell(f"queued: {escape(describe(command))}" + ("" if worker.alive else "; it is applied when the search is started"))
+        self._queued.append((command, before))  # without the lock: a click need not wait for a picture to be drawn
         self._wake.set()
         return True
 
@@ -332,7 +338,7 @@ class Workbench:
 
     def _failed(self, error: str) -> None:
         self.error = error
-        self._tell("that did not work:")
+        self._tell("that did not work; Start tries again")
         self._urge()
 
     def _add_note(self) -> None:
@@ -465,12 +471,14 @@ class Workbench:
         if status == "finished":
             return "look around with the slider" + ("; a branch or more generations take it up again" if self.worker else "")
         killed = "the process that drove it has ended; " if self.state.get("killed") else ""
-        return f"{killed}nobody drives it now; Start goes on" + ("" if self.worker else ", and loads the model first")
+        begun = self.history is not None and len(self.history.generations)
+        goes_on = "nobody drives it now; Start tries again" if status == "failed" else "nobody drives it now; Start goes on" if begun else "Start begins the search"
+        return killed + goes_on + ("" if self.worker else ", and loads the model first")
 
     def _show_head(self) -> None:
         status = self.status
         if status != self._was:
-            if self._was and (words := {"finished": "the search has finished", "stopped": "stopped; Start goes on"}.get(status)):
+            if self._was and (words := {"finished": "the search has finished", "stopped": "stopped", "failed": "failed"}.get(status)) and not self.error:
                 self._tell(words)
             self._was, self._urgent = status, True
         self._set(self.head, value=f'<div class="evo-title"><b>evoprune workbench</b>{badge(status)}<span>{escape(self._mode(status))}</span><code>{escape(str(self.run_dir))}</code></div>')
@@ -482,7 +490,10 @@ class Workbench:
         self._set(self.stop, disabled=not active)
         for step in (self.step, self.step_generation):
             self._set(step, disabled=not able or over)
-        self._set(self.add_note, disabled=not (able and self.worker))
+        for part in (self.note, self.add_note):
+            self._set(part, disabled=not (able and self.worker))
+        for part in (self.live, self.log_scale, self.candidate, self.edit, self.prompt, self.ask):
+            self._set(part, disabled=self.history is None)
 
     def _show_nothing(self) -> None:
         "There is no run yet: what is being prepared, and how far it is."
@@ -490,8 +501,10 @@ class Workbench:
         self._set(self.bar_run, max=float(max(units, 1)), value=float(built))
         self._set(self.text_run, value=f'<span class="evo-quiet">level database: {built} of {units} units</span>' if units else '<span class="evo-quiet">level database</span>')
         self._set(self.text_generation, value='<span class="evo-quiet">generation</span>')
-        for name in ("fitness", "genome", "stages", "lineage", "tokens"):
-            self._set(self.views[name], value='<p class="evo-quiet">Nothing to show yet: the search has not begun.</p>')
+        for part in (self.moment, self.back):
+            self._set(part, disabled=True)
+        for name, words in _COMING.items():
+            self._set(self.views[name], value=f'<p class="evo-quiet">To come: {words}.</p>')
 
     def _acknowledge(self) -> None:
         "Say which queued commands were applied."
@@ -528,6 +541,8 @@ class Workbench:
         if self.live.value:
             self._set(self.moment, value=max(n, 1))
         self._moving = False
+        where = f"after generation {self.moment.value} of {n}" if n else "no generation is complete yet"
+        self._set(self.when, value=f'<span class="evo-quiet">{"now, " if self.live.value and n else ""}{where}</span>')
         self._set(self.back, disabled=not self.can_drive or self.worker is None or self.live.value or n == 0)
 
     def _shown(self) -> tuple[History, int, int]:
@@ -573,21 +588,22 @@ class Workbench:
             "stages": (moment, lambda: picture(stages_figure(view, generation, "page", branch), f"ranks of the candidates of generation {generation + 1}, stage by stage: {len(view.evaluations)} evaluations in all")),
             "genome": ((code, parent), lambda: picture(genome_figure(Genome.parse(code), view.space, f"{name}", Genome.parse(parent), "parent", "page"), "genome of a candidate beside its parent")),
             "lineage": (tuple(view.line), lambda: picture(lineage_figure(view, "page"), f"what the winners keep, generations 0 to {len(view.line)}")),
-            "tokens": (moment, lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan"))}
+            "tokens": ((branch, generation, view.finished, view.rules), lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan"))}
         self._redraw(words)
         if self._urgent or time.monotonic() >= self._due:
-            began, self._urgent = time.monotonic(), False
-            if self._redraw(pictures):
-                self._due = time.monotonic() + max(0.5, 4 * (time.monotonic() - began))
+            began, urgent, self._urgent = time.monotonic(), self._urgent, False
+            self._redraw(pictures, None if urgent else 1)  # one by one, so that news and answers to clicks come in between
+            self._due = time.monotonic() + 2 * (time.monotonic() - began)
 
-    def _redraw(self, parts: dict) -> bool:
-        "Make anew what shows something else now."
-        changed = [name for name, (key, _) in parts.items() if self._drawn.get(name) != key]
-        for name in changed:
+    def _redraw(self, parts: dict, most: int | None = None) -> None:
+        "Make anew what shows something else now: all of it, or so many parts, those drawn longest ago first."
+        age = {name: place for place, name in enumerate(self._drawn)}
+        stale = sorted((name for name, (key, _) in parts.items() if self._drawn.get(name) != key), key=lambda name: age.get(name, -1))
+        for name in stale[:most]:
             key, make = parts[name]
             self.views[name].value = make()
+            self._drawn.pop(name, None)
             self._drawn[name] = key
-        return bool(changed)
 
 # %% ../nbs/13_workbench.ipynb #00893e7f
 def database_progress(

@@ -134,6 +134,7 @@ def badge(page: Page, status: str) -> None:
 
 
 def shoot(page: Page, name: str) -> None:
+    expect(page.get_by_text("Click to show javascript error")).to_have_count(0)
     page.screenshot(path=SHOTS / f"{name}.png")
 
 
@@ -148,8 +149,18 @@ def test_cells_return_at_once_and_the_panel_gets_ready(page):
     run_cell(page, 0, 1)
     run_cell(page, 1, 2)
     expect(page.locator(".evo-title")).to_be_visible()
+    shoot(page, "preparing")
     say(page, "press Start")
+    expect(page.locator(".evo .evo-cell")).to_have_count(16)
     shoot(page, "ready")
+
+
+def test_every_control_says_what_it_does(page):
+    "Buttons, fields and sliders have a tooltip, of their own or of what holds them, and fields a label."
+    silent = page.evaluate("() => [...document.querySelectorAll('.evo button, .evo input, .evo select, .evo .noUi-handle')].filter(control => !control.closest('.evo [title]')).map(control => control.outerHTML)")
+    assert silent == []
+    unnamed = page.evaluate("() => [...document.querySelectorAll('.evo input, .evo select')].filter(field => !field.labels.length && !field.placeholder).map(field => field.outerHTML)")
+    assert unnamed == []
 
 
 def test_start_pause_step(page, place):
@@ -232,6 +243,8 @@ def test_reload_keeps_everything(page, place):
     page.set_viewport_size({"width": 640, "height": 5200})
     shoot(page, "narrow-dark")
     theme(page, "Light")
+    page.set_viewport_size({"width": 1920, "height": 2350})
+    shoot(page, "wide-light")
     page.set_viewport_size({"width": 1400, "height": 2350})
 
 
@@ -269,3 +282,55 @@ def test_replay_equals_the_steered_run(place):
     again = History(place / "replayed")
     assert winner == history.winner and again.survivors.genome.tolist() == history.survivors.genome.tolist()
     assert again.evaluations.fitness.tolist() == history.evaluations.fitness.tolist()
+
+
+def show(page: Page, code: str, prompt: int) -> None:
+    "Let a panel made by other code take the place of the panels before."
+    page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    page.evaluate("code => window.jupyterapp.shell.currentWidget.content.widgets[1].model.sharedModel.setSource(code)", code)
+    run_cell(page, 1, prompt)
+
+
+def test_a_run_that_another_process_drives(page, place, corpus):
+    "One can watch it, and look back; every control that would steer is off, and the panel says why."
+    script = f"""
+from pathlib import Path
+from evoprune_nb.selection import Stage
+from evoprune_nb.steering import SearchConfig
+from evoprune_nb.workbench import Source
+config = SearchConfig(generations=1000, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)))
+Source(text={str(corpus)!r}, seq_len=64, calibration_tokens=2048).make(Path("elsewhere"), config, print)[0].run(progress=False)
+"""
+    with open(place / "elsewhere.log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+    try:
+        for _ in range(WAIT // 100):
+            if (place / "elsewhere" / "config.json").exists() and History(place / "elsewhere").line:
+                break
+            assert process.poll() is None, (place / "elsewhere.log").read_text()
+            page.wait_for_timeout(100)
+        show(page, "attach('elsewhere')", 3)
+        badge(page, "running")
+        expect(page.locator(".evo-title").last).to_contain_text(f"view only: driven by process {process.pid}")
+        for label in ("Start", "Pause", "Stop", "Step: evaluation", "Inject", "Apply"):
+            expect(page.locator(".evo button", has_text=re.compile(rf"^\s*{label}\s*$")).last).to_be_disabled()
+        expect(page.locator(".evo-figure[aria-label^='ranks'] svg").last).to_be_visible()
+        shoot(page, "elsewhere")
+    finally:
+        process.kill()
+        process.wait()
+    expect(page.locator(".evo-title").last).to_contain_text("the process that drove it has ended; nobody drives it now; Start goes on")
+
+
+def test_an_error_is_shown_with_its_traceback_folded(page):
+    "What was wrong stands in the panel; the traceback opens by keyboard."
+    show(page, "open_run('no-text', Source(text='missing.jsonl'), config)", 4)
+    badge(page, "failed")
+    expect(page.locator(".evo-error").last).to_contain_text("missing.jsonl")
+    traceback = page.locator(".evo-error pre").last
+    expect(traceback).to_be_hidden()
+    shoot(page, "failed")
+    page.locator(".evo-error summary").last.focus()
+    page.keyboard.press("Enter")
+    expect(traceback).to_be_visible()
+    shoot(page, "failed-open")

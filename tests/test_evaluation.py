@@ -189,5 +189,8 @@ def test_command(exported, corpus, task, tokenizer, capsys):
     assert row["tasks"]["endings"]["metrics"] == zero_shot(candidate, tokenizer, [task], limit=5)["endings"].metrics
     assert len(row["latency"]["decode"]["seconds"]) == 2 and row["conditions"]["text_blocks"] == pool.fingerprint()
     assert f"{row['heldout']['perplexity']:,.3f}" in printed and "decode, median" in printed
+    card = (directory / "README.md").read_text()
+    assert card.count("## Scores") == 1 and f"| held-out perplexity | {row['heldout']['perplexity']:,.4g} |" in card and "| endings acc |" in card
+    assert main([*command, "--tasks", str(task)]) == 0 and (directory / "README.md").read_text() == card  # the same scores again
     assert main(["eval", "tiny", "--text", "none", "--tasks", "missing.yaml"]) == 2
     assert "no task file 'missing.yaml'" in capsys.readouterr().err

@@ -142,6 +142,15 @@ def test_demo_checkpoint_is_the_evolved_model(demo, corpus, tmp_path, monkeypatc
     assert found.n_params == expected["n_params"] and found.nats == pytest.approx(expected["nats"], rel=1e-5)
 
 
+def test_demo_run_is_exported_by_one_command(demo, tmp_path):
+    "The run directory says all that export needs; its card and the demo's own say where the model comes from."
+    assert main(["export", str(demo / "runs" / "demo"), str(tmp_path / "out"), "--format", "hf"]) == 0
+    winner = History(demo / "runs" / "demo").winner
+    for directory in (tmp_path / "out", demo / "runs" / "demo" / "checkpoint"):
+        card = (directory / "README.md").read_text()
+        assert "license: apache-2.0" in card and f"`{winner.code}`" in card and "| search | finished |" in card and (directory / "genome.png").exists()
+
+
 def test_run_again_it_continues(demo, corpus):
     "The same command evaluates nothing again and reports the same numbers."
     before, log = results(demo / "reports" / "demo"), (demo / "runs" / "demo" / "events.jsonl").read_bytes()

@@ -1,6 +1,7 @@
 """An exported checkpoint is the candidate, for software that has never heard of this package."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,14 +10,16 @@ import torch
 import transformers
 from helpers import made_up, random_blocks, short_config, small_model, small_pools
 from safetensors.torch import save_file
+from transformers.models.llama import modeling_llama as llama
 
-from evoprune_nb import export
+from evoprune_nb import export, modeling
 from evoprune_nb.candidates import materialize
 from evoprune_nb.commands import main
 from evoprune_nb.export import Card, base_license, export_hf, is_run, load_exported, load_winner, per_layer_config, read_card
 from evoprune_nb.history import History
 from evoprune_nb.modeling import fit_layers
 from evoprune_nb.models import load_model, model_fingerprint
+from evoprune_nb.padded import group_sizes
 from evoprune_nb.pruning import build_database
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
@@ -31,8 +34,9 @@ GENOMES = {  # name → levels of the three attention units and the three MLPs
     "whole units only": [TOP, 0, 0, 0, TOP, 0],
     "all attention gone": [TOP, TOP, TOP, 1, 2, 3],
 }
-FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-tied", "qwen2-mixed", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "glm4", "exaone4")
+FAMILIES = ("llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-tied", "qwen2-mixed", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "glm4", "exaone4")
 CASES = [(family, name, "float32") for family in FAMILIES for name in ("thin", "first attention gone", "a layer gone", "trained")]
+CASES += [(family, "a layer gone", "float32") for family in ("olmo", "smollm3", "hunyuan", "seed-oss")]
 CASES += [("llama-gqa", name, "float32") for name in ("dense", "whole units only", "all attention gone")]
 CASES += [(family, name, "bfloat16") for family in ("llama-gqa", "qwen2-tied") for name in ("thin", "trained")]
 
@@ -153,7 +157,7 @@ def test_what_is_written(made, tokenizer, tmp_path):
     directory = export_hf(candidate, tokenizer, tmp_path / "new" / "parent" / "checkpoint", Card(note="Base model: small."))
     names = {path.name for path in directory.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_pruned.py", "README.md", "tokenizer.json"} <= names and not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
-    assert directory.stat().st_mode & 0o055 == 0o055
+    assert directory.stat().st_mode & 0o055 == 0o055 and all(path.stat().st_mode & 0o044 == 0o044 for path in directory.iterdir())
     card = (directory / "README.md").read_text()
     assert f"{sum(p.numel() for p in candidate.parameters()):,} parameters" in card and "Base model: small." in card
     assert "| query heads by layer | 5 0 5 |" in card and "| MLP channels by layer | 40 0 40 |" in card
@@ -260,6 +264,28 @@ def test_it_steps_aside_for_classes_that_build_thin_layers_themselves(made, toke
     assert [id(module) for module in model.modules()] == before
 
 
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa"])
+@pytest.mark.parametrize("name", ["thin", "first attention gone", "a layer gone"])
+def test_classes_that_build_from_per_layer_config(made, tokenizer, tmp_path, monkeypatch, family, name):
+    "A stock layer that takes its sizes from `config.per_layer_config` keeps its linear layers, unless its query heads are spread unevenly, which no stock class can hold; logits are the same."
+    candidate, _ = made(family, name)
+    export_hf(candidate, tokenizer, tmp_path / "checkpoint")
+    stock, rebuilt = llama.LlamaDecoderLayer, []
+
+    class FromPerLayerConfig(stock):
+        def __init__(self, config, layer_idx):
+            super().__init__(config.per_layer_config[layer_idx], layer_idx)
+
+    monkeypatch.setattr(llama, "LlamaDecoderLayer", FromPerLayerConfig)
+    for shrink in ("shrink_attention", "shrink_mlp"):
+        original = getattr(modeling, shrink)
+        monkeypatch.setattr(modeling, shrink, lambda sublayer, size, original=original: rebuilt.append(size) or original(sublayer, size))
+    model, _ = load_exported(tmp_path / "checkpoint")
+    assert torch.equal(behaviour(model)["logits"], behaviour(candidate)["logits"])
+    groups = [group_sizes(layer.self_attn) for layer in candidate.model.layers if layer.self_attn is not None]
+    assert len(rebuilt) == sum(len(set(sizes)) > 1 for sizes in groups)
+
+
 def test_card_tells_what_is_known(made, tokenizer, tmp_path):
     "Base model, licence and its files, picture, scores and provenance are in the card and its front matter; they survive a second export, with what an evaluation has left."
     from evoprune_nb.figures import genome_figure
@@ -308,6 +334,17 @@ def test_export_command_writes_every_format(run_dir, database, tiny, tmp_path, c
     assert main(["export", str(tmp_path / "hf"), "--format", "gguf", str(tmp_path / "gguf"), "--pad-heads"]) == 0
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"model.gguf", "README.md", "genome.png", "card.json"}
     assert "| search | finished |" in (tmp_path / "gguf" / "README.md").read_text()
+
+
+def test_card_of_an_evaluated_run(run_dir, database, corpus, tmp_path, capsys):
+    "What `evoprune eval` measured of the winner in its run directory is in the winner's card, and in no other genome's."
+    run, base = shutil.copytree(run_dir, tmp_path / "run"), ["--database", str(database.directory)]
+    assert main(["eval", str(run), *base, "--text", str(corpus), "--seq-len", "64", "--tokens", "512"]) == 0
+    perplexity = json.loads((run / "evaluation.json").read_text())["heldout"]["perplexity"]
+    other = database.space.genome([1] * len(database.units))
+    for name, options, known in (("winner", [], True), ("other", ["--genome", other.code], False)):
+        assert main(["export", str(run), str(tmp_path / name), *base, *options]) == 0
+        assert (f"| held-out perplexity | {perplexity:,.4g} |" in (tmp_path / name / "README.md").read_text()) == known
 
 
 def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys, monkeypatch):

@@ -68,7 +68,6 @@ for case in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 def llama_cpp(root) -> None:
     "Run llama.cpp, in another process, over every case in a directory."
-    pytest.importorskip("cyllama")
     done = subprocess.run([sys.executable, "-c", RUN, str(root)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -153,6 +152,13 @@ def test_metadata_says_what_differs_by_layer(made, tmp_path):
     assert (rows[0].n_heads, rows[0].n_kv_heads) == (1, 1) and deci_layers(made("llama-gqa", "second attention gone"))[1].n_heads == 0
     assert deci_layers(made("llama-gqa", "an MLP gone"))[1].width == PLACEHOLDER
     assert "\nlicense: apache-2.0\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_commands_that_need_a_checkpoint_say_so_of_a_gguf_file(made, tmp_path):
+    "Evaluation and post-training of a GGUF directory point to what it was made from."
+    export_gguf(made("llama-gqa", "thin"), None, tmp_path / "out")
+    with pytest.raises(ValueError, match="no config.json; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from"):
+        load_exported(tmp_path / "out")
 
 
 def test_a_sliding_window_bounds_the_context(made, tmp_path):

@@ -22,6 +22,7 @@ from evoprune_nb.commands import main
 from evoprune_nb.data import documents, split_of
 from evoprune_nb.export import export_hf, load_exported, read_card
 from evoprune_nb.models import EMBEDDED_MODELS, load_model
+from evoprune_nb.padded import export_padded
 from evoprune_nb.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
@@ -221,6 +222,13 @@ def test_card_says_what_was_done(exported, corpus, tmp_path):
     assert "## Post-training\n\n64 tokens of" in (stock / "README.md").read_text() and load_exported(stock)[0].config.model_type == "llama"
 
 
+def test_no_flag_is_needed_where_there_is_no_accelerator(exported, corpus, tmp_path, monkeypatch):
+    "With the defaults, bfloat16 products included, training runs on the CPU."
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    out = post_train_checkpoint(exported, tmp_path / "out", PostTraining(n_tokens=64, seq_len=32, batch_size=2), str(corpus), progress=False)
+    assert json.loads((out / "posttraining.json").read_text())["tokens"] == 64
+
+
 def test_half_precision_is_rounded_once(tiny, tokenizer, database, corpus, exported, whole, tmp_path):
     "A bfloat16 checkpoint is trained on float32 weights, and the result is rounded to bfloat16 at the end."
     rounded = export_hf(load_exported(exported)[0].bfloat16(), tokenizer, tmp_path / "bfloat16")
@@ -317,6 +325,10 @@ def test_wrong_use_is_refused_before_training(exported, corpus, short_corpus, to
     for more in ({"teacher": "tiny"}, {"plan": PostTraining(**SHORT.__dict__ | {"distillation": 0.5})}):
         with pytest.raises(ValueError, match="distillation needs both a teacher and a weight"):
             post_train(exported, tmp_path / "out", corpus, **more)
+    model, _ = load_exported(exported)
+    export_padded(model, tokenizer, tmp_path / "padded", pad_heads=True)
+    with pytest.raises(ValueError, match="is padded, and training would fill its zero heads; post-train the run or its hf export"):
+        post_train(tmp_path / "padded", tmp_path / "out", corpus)
     other = small_model("llama-gqa")
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -349,5 +361,5 @@ def test_command_on_the_winner_of_a_run(tiny, tokenizer, database, pools, corpus
     evaluate_it = ["--text", str(corpus), "--seq-len", "64", "--tokens", "512", "--device", "cpu"]
     assert main(["eval", str(run), "--database", str(database.directory), *evaluate_it]) == main(["eval", str(start), *evaluate_it]) == 0
     of_run, of_export = (json.loads((directory / "evaluation.json").read_text()) for directory in (run, start))
-    assert of_run["heldout"] == of_export["heldout"] and of_run["conditions"] == of_export["conditions"]
+    assert of_run["heldout"] == of_export["heldout"] and of_run["conditions"] == of_export["conditions"] | {"genome": winner.code}
     assert main(["post-train", str(start), str(tmp_path / "trained"), "--tokens", "300"]) == 2 and "choose a new directory" in capsys.readouterr().err

@@ -111,9 +111,9 @@ def tree(widget) -> list:
 def test_nothing_there_yet(bench):
     "An empty directory: one can start, and nothing else; the cards say that there is nothing to show."
     panel = bench()
-    assert panel.status == "empty" and "Start goes on" in text(panel.head)
+    assert panel.status == "empty" and "Start begins the search" in text(panel.head)
     assert not panel.start.disabled and panel.pause.disabled and panel.stop.disabled and panel.add_note.disabled
-    assert all("Nothing to show yet" in text(panel.views[name]) for name in ("fitness", "genome", "stages", "lineage"))
+    assert all("To come" in text(panel.views[name]) for name in ("fitness", "genome", "stages", "lineage"))
 
 
 def test_prepared(bench):
