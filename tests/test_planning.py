@@ -116,6 +116,18 @@ def test_memory_limit_and_device():
     assert not free.too_large() and list(free.table().index) == ["level database", "search"]
 
 
+def test_a_memory_limit_bounds_what_is_measured(tiny, pools, tmp_path):
+    "One pass, stored states, one pass a group: each takes as much less as its plan says, and is predicted within 20 %."
+    blocks, weights, peaks = pools["calibration"].blocks.long(), sum(parameter.nbytes for parameter in tiny.parameters()), []
+    for limit in (None, 6_000_000, 3_000_000):
+        planned = plan("tiny", CONFIG, calibration_tokens=blocks.numel(), seq_len=blocks.shape[1], dtype="float32", batch_size=2, memory_bytes=limit).phases[0].memory_bytes
+        measured = weights + peak_of_tensors(lambda: build_database(tiny, blocks, tmp_path / str(limit), batch_size=2, memory_bytes=limit, progress=False))
+        peaks.append((planned, measured))
+        assert planned == pytest.approx(measured, rel=0.2)
+    for planned, measured in peaks[1:]:
+        assert peaks[0][1] - measured == pytest.approx(peaks[0][0] - planned, rel=0.1)
+
+
 def test_full_size_model_is_planned_without_weights():
     "An 8B configuration is planned on the meta device; parameters are those of the published target within the tolerance."
     config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16")
