@@ -6,7 +6,7 @@
 __all__ = ['meta_model', 'Device', 'matmul_rate', 'this_device', 'optimizer_bytes', 'activation_bytes', 'head_bytes',
            'removal_bytes', 'removal_flops', 'Phase', 'Plan', 'plan']
 
-# %% ../nbs/08c_planning.ipynb #a274f417
+# %% ../nbs/08c_planning.ipynb #69706154
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .genome import Genome, Space, level_grid, make_space
 from .latency import time_each
 from .models import EMBEDDED_MODELS, Unit, prunable_units, resolve_device, resolve_dtype
 from .pruning import plan_calibration
-from .search import SearchConfig
+from .steering import Rules, SearchConfig, forward_tokens, generation_tokens
 from .training import POST_TRAINING, Training
 
 # %% ../nbs/08c_planning.ipynb #c099ca8d
@@ -74,21 +74,19 @@ def this_device(
     wide = torch.float32 if device.type == "mps" else torch.float64
     return Device(str(device), memory, matmul_rate(resolve_dtype(dtype), device), matmul_rate(wide, device, 1024))
 
-# %% ../nbs/08c_planning.ipynb #4ae648c3
+# %% ../nbs/08c_planning.ipynb #d0669f44
 _MOMENTS = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "SGD": 0, "Adagrad": 1, "RMSprop": 1}
 
 
 def optimizer_bytes(
     itemsize: int,  # bytes of a weight
     settings: Training,  # which optimizer
-    moving: bool = True,  # in a step; False: between trainings, when gradients are let go
 ) -> int:
-    "Bytes per parameter of weight, gradients, master and moments. An optimizer that is not known is counted as Adam."
-    kept = itemsize + (4 if itemsize < 4 else 0) + 4 * _MOMENTS.get(settings.optimizer, 2)
-    return kept + moving * (itemsize + (4 if itemsize < 4 else 0))
+    "Bytes per parameter of weight, master and moments. An optimizer that is not known is counted as Adam."
+    return itemsize + (4 if itemsize < 4 else 0) + 4 * _MOMENTS.get(settings.optimizer, 2)
 
 
-assert optimizer_bytes(2, Training()) == 2 + 2 + 4 + 4 + 8
+assert optimizer_bytes(2, Training()) == 2 + 4 + 8
 
 # %% ../nbs/08c_planning.ipynb #b413d42a
 def activation_bytes(
@@ -109,7 +107,7 @@ def activation_bytes(
         total += (kept + kv_heads) * ((4 + itemsize) * unit.structure_size + 4)
     return total + itemsize * unit.structure_size * 2 * (kept + kv_heads) + 4 * kept
 
-# %% ../nbs/08c_planning.ipynb #224da42f
+# %% ../nbs/08c_planning.ipynb #3fbc549e
 def head_bytes(
     vocabulary: int,  # rows of the head
     hidden: int,  # columns of the head
@@ -142,10 +140,10 @@ def _training_bytes(sizes: _Sizes, space: Space, genome: Genome, batch_tokens: i
     kept = [space.kept(index, level) for index, level in enumerate(genome.levels)]
     kv = [heads if uneven else space.kv_kept[index][level] for index, (level, heads) in enumerate(zip(genome.levels, kept))]
     activations = batch_tokens * sum(activation_bytes(unit, *counts, sizes.hidden, sizes.itemsize, sizes.head_norms) for unit, *counts in zip(space.units, kept, kv))
-    weights, masters = space.n_params(genome), 4 if sizes.itemsize < 4 else 0
+    weights = space.n_params(genome)
     in_pass = activations + head_bytes(sizes.vocabulary, sizes.hidden, sizes.itemsize, batch_tokens)
-    at_end = weights * sizes.itemsize  # all gradients, no activations
-    return weights * (optimizer_bytes(sizes.itemsize, settings, moving=False) + masters) + max(in_pass, at_end)
+    in_step = weights * sizes.itemsize + (4 * min(weights, max(2**22, sizes.vocabulary * sizes.hidden)) if sizes.itemsize < 4 else 0)  # all gradients, some of them in float32 too
+    return weights * optimizer_bytes(sizes.itemsize, settings) + max(in_pass, in_step)
 
 # %% ../nbs/08c_planning.ipynb #e8ee2223
 def removal_bytes(
@@ -218,29 +216,24 @@ def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_
     memory = space.dense_params * sizes.itemsize + calibration.n_bytes + max(work, forward)
     return Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds), len(calibration.groups)
 
-# %% ../nbs/08c_planning.ipynb #ed8a7a64
+# %% ../nbs/08c_planning.ipynb #51bed41b
 def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, seq_len: int, uneven: bool, device: Device | None) -> Phase:
     "The second phase."
-    entering = [config.offspring, *(stage.survivors for stage in config.stages)][:-1]
-    entering[-1] += 1  # the parent joins the last stage
-    forward, dense = space.cost(genome, "flops"), space.dense_cost("flops")
-    tuned = scored = 0
-    flops, before = 0.0, 0
-    for n, stage in zip(entering, config.stages):
-        fresh = stage.tuning_tokens - (before if config.restart == "continue" else 0)
-        extra = before if config.restart == "continue" and stage is config.stages[-1] else 0  # the parent, new in the last stage, trains from the start
-        tuned, scored = tuned + n * fresh + extra, scored + (n + 1) * stage.scoring_tokens
-        flops += 3 * forward * (n * fresh + extra) + (n * forward + dense) * stage.scoring_tokens
-        before = stage.tuning_tokens
-    weights = space.n_params(genome)
-    waiting = max((n for n, stage in zip(entering[1:], config.stages) if stage.tuning_tokens), default=0) if config.restart == "continue" else 0
-    batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in config.stages))
-    targets = max(stage.scoring_tokens for stage in config.stages) * sizes.hidden * sizes.itemsize
-    scoring = (weights - space.fixed_params) * sizes.itemsize + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, 256)
-    at_work = max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tuned else 0)
-    memory = space.dense_params * sizes.itemsize + targets + waiting * weights * optimizer_bytes(sizes.itemsize, config.training, moving=False) + at_work
+    stages, weights, position = config.stages, space.n_params(genome), sizes.hidden * sizes.itemsize
+    tokens = generation_tokens(Rules.of(config), seq_len)
+    forward, dense, targets = space.cost(genome, "flops"), space.dense_cost("flops"), sum(stage.scoring_tokens for stage in stages)
+    flops = forward * forward_tokens(**tokens) + dense * targets
+    untuned = max((stage.scoring_tokens for stage in stages if not stage.tuning_tokens), default=0)
+    n_layers = 1 + max(unit.layer for unit in space.units)
+    levels = (weights - space.fixed_params) * sizes.itemsize  # pages of the database that were read
+    scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, 256)
+    batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
+    at_work = max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tokens["tuning"] else 0)
+    waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.restart == "continue" else 0
+    kept = max(stage.scoring_tokens for stage in stages) * position + waiting * weights * optimizer_bytes(sizes.itemsize, config.training)
+    memory = space.dense_params * sizes.itemsize + levels + kept + at_work
     flops *= config.generations
-    return Phase("search", memory, 0, config.generations * (tuned + scored), flops, flops / device.rate if device else None)
+    return Phase("search", memory, 0, config.generations * (sum(tokens.values()) + targets), flops, flops / device.rate if device else None)
 
 
 def _post_training(sizes: _Sizes, space: Space, genome: Genome, tokens: int, settings: Training, seq_len: int, uneven: bool, device: Device | None) -> Phase:

@@ -54,20 +54,34 @@ def provenance(device: torch.device | str = "cpu") -> dict:
         "torch_threads": torch.get_num_threads(),
     }
 
-# %% ../nbs/07a_runs.ipynb #b2b9c116
+# %% ../nbs/07a_runs.ipynb #92e93e39
+def _event(path: str | Path, line: bytes, at: int) -> dict:
+    "The event in a line that begins at byte `at`."
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or "event" not in row:
+        raise ValueError(f"{path} is damaged: the line at byte {at:,} is no event ({line[:40]!r}); restore the file, or cut it off at {at} bytes to continue from there")
+    return row
+
+
 def read_events(
     path: str | Path,  # an `events.jsonl`, perhaps being written to
     start: int = 0,  # byte to begin at, the end of an earlier reading
 ) -> tuple[list[dict], int]:
-    "The events in whole lines from byte `start` on, and the byte at which the last of them ends. No file, no events."
+    "The events in whole lines from byte `start` on, and the byte at which the last of them ends. No file, no events. Raises `ValueError` for a whole line that is no event."
     try:
         with open(path, "rb") as file:
             file.seek(start)
             found = file.read()
     except FileNotFoundError:
         return [], start
-    whole = found[: found.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    rows, end = [], start
+    for line in found[: found.rfind(b"\n") + 1].splitlines(keepends=True):
+        rows.append(_event(path, line, end))
+        end += len(line)
+    return rows, end
 
 # %% ../nbs/07a_runs.ipynb #99881438
 class RunDiverged(RuntimeError):

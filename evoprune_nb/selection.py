@@ -112,7 +112,7 @@ def check_text(
         if stage.tuning_tokens:
             pools["tuning"].require(stage.tuning_tokens)
 
-# %% ../nbs/07_selection.ipynb #7a2b5369
+# %% ../nbs/07_selection.ipynb #2bc11171
 @dataclass(frozen=True)
 class Evaluation:
     "What one candidate achieved in one stage."
@@ -175,6 +175,7 @@ class Evaluator:
     def _targets(self, generation: int, stage: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         "Scoring blocks of a stage and the dense model's final hidden states on them, in batches; the latest are kept."
         if self._scoring[0] != (generation, stage):
+            self._scoring, self._prefix = (None, None, None), (None, None)  # those of another stage are of no more use
             blocks = self.pools["scoring"].draw(self.stages[stage].scoring_tokens, derive_seed(self.seed, generation, stage, "scoring"))
             batches = blocks.split(self.batch_size)
             hidden = [final_hidden(self.model, batch).flatten(0, 1) if self.fitness == "kl" else None for batch in batches]
@@ -259,6 +260,7 @@ class Evaluator:
     def __call__(self, genome: Genome, generation: int, stage: int) -> Evaluation:
         "Materialise, tune and score one candidate."
         start = time.perf_counter()
+        self._targets(generation, stage)  # before there is a candidate, which then is all that is added
         tuned = self._tune(genome, generation, stage)
         why = "" if tuned.finite else "non-finite training loss"
         untuned = genome if not tuned.tokens else None

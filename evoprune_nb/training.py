@@ -73,7 +73,7 @@ def head_is_linear(model: nn.Module) -> bool:
         logits = model(input_ids=probe.to(model.device), use_cache=False).logits
         return torch.allclose(logits.float(), model.get_output_embeddings()(final_hidden(model, probe)).float())
 
-# %% ../nbs/06_training.ipynb #3a32b750
+# %% ../nbs/06_training.ipynb #56876604
 def cached_rows(
     logits: torch.Tensor,  # (positions, vocabulary)
 ) -> int:
@@ -105,7 +105,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * scale, weight_grad * scale, None, None
+        return hidden_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 def next_token_loss(
@@ -123,7 +123,7 @@ def next_token_loss(
         total = sum(F.cross_entropy(head(states).float(), wanted, reduction="sum") for states, wanted in zip(hidden.split(chunk), targets.split(chunk)))
     return total / len(targets) if reduction == "mean" else total
 
-# %% ../nbs/06_training.ipynb #d1dd9b10
+# %% ../nbs/06_training.ipynb #86a0fc46
 class MasterOptimizer:
     "A torch optimizer over float32 master copies of a model's trainable parameters."
 
@@ -131,6 +131,7 @@ class MasterOptimizer:
         self,
         model: nn.Module,  # its parameters are changed in place by `step`
         settings: Training,  # which optimizer, with what settings
+        part: int = 2**22,  # elements (or one tensor, if that has more) that have float32 gradients at a time
     ):
         self.settings = settings
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -139,30 +140,49 @@ class MasterOptimizer:
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         if "fused" in inspect.signature(kind).parameters:
             options["fused"] = self.parameters[0].device.type in ("cpu", "cuda")
-        self.optimizer = kind(self.masters, **options)
+        self.parts = _parts(self.masters, part)
+        self.optimizers = [kind(self.masters[s], **options) for s in self.parts]
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
-        "Clip gradients, update the masters, round them into the model, forget the model's gradients."
-        for parameter, master in zip(self.parameters, self.masters):
-            if master is not parameter:
-                master.grad = parameter.grad.float() if master.grad is None else master.grad.copy_(parameter.grad)
-                parameter.grad = None
-        nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.masters[0] is self.parameters[0])  # master gradients keep their memory
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters):
+        "Clip gradients, update the masters, round them into the model, forget all gradients."
+        norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in self.parameters]
+        scale = (self.settings.max_grad_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1)
+        for s, optimizer in zip(self.parts, self.optimizers):
+            for parameter, master in zip(self.parameters[s], self.masters[s]):
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient.mul_(scale)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            for parameter, master in zip(self.parameters[s], self.masters[s]):
                 if master is not parameter:
                     parameter.copy_(master)
 
-    def release(self) -> None:
-        "Let go of the memory of gradients."
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
+    @property
+    def state(self) -> dict[int, dict]:
+        "What torch's optimizer remembers, by number of the parameter."
+        return {s.start + i: state for s, optimizer in zip(self.parts, self.optimizers) for i, state in optimizer.state_dict()["state"].items()}
 
-# %% ../nbs/06_training.ipynb #5e5f4629
+    def load_state(self, state: dict[int, dict]) -> None:
+        "The reverse of `state`."
+        for s, optimizer in zip(self.parts, self.optimizers):
+            mine = {i - s.start: row for i, row in state.items() if s.start <= i < s.stop}
+            optimizer.load_state_dict({"state": mine, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parts(tensors: list[torch.Tensor], limit: int) -> list[slice]:
+    "Neighbours joined as long as they have at most `limit` elements."
+    starts, n = [], 0
+    for i, tensor in enumerate(tensors):
+        n += tensor.numel()
+        if not starts or n > limit:
+            starts.append(i)
+            n = tensor.numel()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tensors)])]
+
+# %% ../nbs/06_training.ipynb #5f0621a6
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -205,14 +225,13 @@ def train(
         optimizer.step(settings.lr_at(done + step, n_steps or len(batches)))
         if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == len(batches)):
             _save(Path(checkpoint), optimizer, result, work)
-    optimizer.release()
     return result
 
-# %% ../nbs/06_training.ipynb #f6ae3a53
+# %% ../nbs/06_training.ipynb #0592119d
 def _save(path: Path, optimizer: MasterOptimizer, result: TrainingResult, work: str) -> None:
     "Write the state of a loop to a safetensors file, whole or not at all."
     tensors = {f"master.{i}": master.detach() for i, master in enumerate(optimizer.masters)}
-    for i, state in optimizer.optimizer.state_dict()["state"].items():
+    for i, state in optimizer.state.items():
         tensors |= {f"state.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
     scratch = path.with_suffix(".tmp")
     save_file(tensors, scratch, metadata={"losses": json.dumps(result.losses), "tokens": str(result.tokens), "work": work})
@@ -235,7 +254,7 @@ def _resume(path: Path, optimizer: MasterOptimizer, work: str) -> TrainingResult
                 _, i, name = key.split(".", 2)
                 states.setdefault(int(i), {})[name] = file.get_tensor(key)
         metadata = file.metadata()
-    optimizer.optimizer.load_state_dict({"state": states, "param_groups": optimizer.optimizer.state_dict()["param_groups"]})
+    optimizer.load_state(states)
     return TrainingResult(tokens=int(metadata["tokens"]), losses=json.loads(metadata["losses"]))
 
 # %% ../nbs/06_training.ipynb #e8d377eb

@@ -1,4 +1,5 @@
 """Small models with random weights, random search spaces, and short runs."""
+import gc
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from evoprune_nb.data import TokenPool, derive_seed
 from evoprune_nb.genome import Genome, Space, level_grid
@@ -111,3 +113,16 @@ def events(run_dir: Path) -> list[dict]:
     "The log of a run without what may differ between equal runs."
     rows = [json.loads(line) for line in (Path(run_dir) / "events.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in ("time", "seconds")} for row in rows]
+
+
+def peak_of_tensors(action) -> int:
+    "Largest number of bytes in tensors that an action allocates."
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

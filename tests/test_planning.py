@@ -1,5 +1,4 @@
 """What is planned is what it takes."""
-import gc
 import json
 import random
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
+from helpers import peak_of_tensors
 
 from evoprune_nb.budgets import plan_budget
 from evoprune_nb.data import load_pools
@@ -26,23 +25,11 @@ CONFIG = SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ)
 
 
 def one_generation(model, database, pools, config=CONFIG) -> list:
-    "Run one generation from the uniform parent."
+    "Run one generation from the uniform parent, as a search does."
     budget, parent = plan_budget(database.space, config.sparsity)
     evaluate = Evaluator(model, database, pools, config.stages, config.training, restart=config.restart)
+    evaluate.reference = parent
     return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluate, 0))
-
-
-def peak_of_tensors(action) -> int:
-    "Largest number of bytes in tensors that an action allocates."
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -81,6 +68,16 @@ print(json.dumps({"disk": database.n_bytes, "building": building, "searching": p
 """
 
 
+@pytest.mark.parametrize("restart, stages", [
+    ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 0, 16 * SEQ))), ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 4 * SEQ, SEQ))), ("continue", (Stage(3, 2 * SEQ, SEQ), Stage(2, 2 * SEQ, SEQ), Stage(1, 4 * SEQ, SEQ)))])
+def test_memory_of_schedules(tiny, corpus, tokenizer, database, restart, stages):
+    "Stages without tuning keep the reference's states; warm starts keep survivors with their optimizers."
+    pools = load_pools(corpus, tokenizer, SEQ, {"calibration": SEQ, "tuning": 4 * SEQ, "scoring": 16 * SEQ})
+    config = SearchConfig(generations=1, offspring=4, stages=stages, training=Training(batch_size=2), restart=restart)
+    measured = sum(parameter.nbytes for parameter in tiny.parameters()) + peak_of_tensors(lambda: one_generation(tiny, database, pools, config))
+    assert plan("tiny", config, seq_len=SEQ, dtype="float32").phases[1].memory_bytes == pytest.approx(measured, rel=0.2)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can restart the count of a process's peak memory")
 def test_bytes_of_smollm2(corpus, tmp_path):
     "The same for a real model, measured as the resident memory of a process of its own beyond what Python and torch take."
@@ -117,6 +114,18 @@ def test_memory_limit_and_device():
     assert [a.seconds for a in slow.phases] == pytest.approx([2 * b.seconds for b in fast.phases])
     assert len(slow.too_large()) == 3 and "search needs" in slow.too_large()[1]
     assert not free.too_large() and list(free.table().index) == ["level database", "search"]
+
+
+def test_a_memory_limit_bounds_what_is_measured(tiny, pools, tmp_path):
+    "One pass, stored states, one pass a group: each takes as much less as its plan says, and is predicted within 20 %."
+    blocks, weights, peaks = pools["calibration"].blocks.long(), sum(parameter.nbytes for parameter in tiny.parameters()), []
+    for limit in (None, 6_000_000, 3_000_000):
+        planned = plan("tiny", CONFIG, calibration_tokens=blocks.numel(), seq_len=blocks.shape[1], dtype="float32", batch_size=2, memory_bytes=limit).phases[0].memory_bytes
+        measured = weights + peak_of_tensors(lambda: build_database(tiny, blocks, tmp_path / str(limit), batch_size=2, memory_bytes=limit, progress=False))
+        peaks.append((planned, measured))
+        assert planned == pytest.approx(measured, rel=0.2)
+    for planned, measured in peaks[1:]:
+        assert peaks[0][1] - measured == pytest.approx(peaks[0][0] - planned, rel=0.1)
 
 
 def test_full_size_model_is_planned_without_weights():

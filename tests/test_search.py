@@ -187,6 +187,21 @@ def tampered(run_dir: Path, copy: Path, change) -> Path:
     return copy
 
 
+@pytest.mark.parametrize("garbage", [b"\0", b"\xff", b"{", b"[]", b"7", b""])
+def test_a_damaged_log_is_refused_by_byte(small, faked, tmp_path, garbage):
+    "A whole line that is no event is an error that names file and byte, for readers and before any work; cut off there, the run continues to the same end."
+    log = (faked[0] / "events.jsonl").read_bytes()
+    lines = log.splitlines(keepends=True)
+    at = sum(map(len, lines[:7]))
+    copy = cut(faked[0], tmp_path / "copy", 0)
+    (copy / "events.jsonl").write_bytes(log[:at] + garbage + b"\n" + log[at + len(lines[7]) :])
+    for opened in (History, lambda run_dir: fake_search(run_dir, small)):
+        with pytest.raises(ValueError, match=rf"events.jsonl is damaged: the line at byte {at:,} is no event .*cut it off at {at} bytes"):
+            opened(copy)
+    os.truncate(copy / "events.jsonl", at)
+    assert fake_search(copy, small).run(progress=False) == faked[1] and events(copy) == events(faked[0])
+
+
 @pytest.mark.parametrize("event, key, value, message", [
     ("evaluation", "genome", "333/555", "genome"), ("generation", "parent", "000/000", "parent"), ("evaluation", "stage", 1, "stage"),
     ("run_started", "event", "generation", "event"), ("elimination", "survivors", [], "survivors"), ("survivor", "genome", "000/000", "genome"), ("evaluation", "fitness", None, "survivors|eliminated")])

@@ -3,16 +3,16 @@ import math
 
 import pytest
 import torch
-from helpers import random_blocks, short_config, small_model, small_pools
+from helpers import peak_of_tensors, random_blocks, short_config, small_model, small_pools
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from evoprune_nb import selection
 from evoprune_nb.candidates import materialize
-from evoprune_nb.data import TokenPool, derive_seed
+from evoprune_nb.data import TokenPool, derive_seed, load_pools
 from evoprune_nb.genome import Genome
-from evoprune_nb.models import decoder_layers, model_fingerprint
+from evoprune_nb.models import decoder_layers, load_model, model_fingerprint
 from evoprune_nb.pruning import build_database
 from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, Stage, check_stages, cross_entropy, kl_divergence, select
 from evoprune_nb.training import Training, TrainingResult, train
@@ -197,6 +197,24 @@ def test_reusing_the_reference_changes_no_bit(tmp_path, family, fitness):
     before = tuning(genome, 0, 0).fitness
     tuning.reference = reusing.reference
     assert tuning(genome, 0, 0).fitness == before
+
+
+def test_a_candidate_costs_its_own_size_and_no_more(tokenizer, corpus, tmp_path):
+    "In training: its weights and gradients, masters and two moments. Without: its own smaller layers at most. With restart='continue', the survivors wait with theirs, but for the gradients."
+    model, _ = load_model("tiny", dtype="bfloat16")
+    database = build_database(model, random_blocks(4, 16), tmp_path / "database", progress=False)
+    pools = load_pools(corpus, tokenizer, 8, {"tuning": 64, "scoring": 64})
+    genomes = [database.space.genome([5] * 16), database.space.genome([4, 6, *[5] * 14]), database.space.genome([6, 4, *[5] * 14])]
+    size, own = database.space.n_params(genomes[0]), database.space.n_params(genomes[0]) - database.space.fixed_params
+
+    def peak(restart: str, stage: int) -> int:
+        evaluate = Evaluator(model, database, pools, (Stage(2, 0, 8), Stage(2, 32, 8), Stage(1, 64, 8)), Training(batch_size=1), restart=restart)
+        evaluate(genomes[0], 0, stage)
+        return peak_of_tensors(lambda: [evaluate(genome, 0, stage) for genome in genomes[1:]])
+
+    assert peak("restart", 0) < 1.1 * 2 * own
+    assert peak("restart", 1) < 1.05 * size * (2 + 4 + 8 + 4)  # so small a model has gradients in float32 all at once, and none in bfloat16 by then
+    assert peak("continue", 1) < 1.05 * size * (2 + 4 + 8 + 4 + 2 + 4 + 8)  # one more survives and waits
 
 
 @st.composite

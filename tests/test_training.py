@@ -3,7 +3,8 @@ import copy
 
 import pytest
 import torch
-from helpers import FAMILIES, random_blocks, small_model
+import transformers
+from helpers import FAMILIES, VOCABULARY, peak_of_tensors, random_blocks, small_model
 from torch import nn
 
 from evoprune_nb.data import TokenPool
@@ -76,6 +77,34 @@ def test_bfloat16_masters_are_float32_weights():
         for master, mine, parameter in zip(masters, optimizer.masters, model.parameters()):
             torch.testing.assert_close(mine, master, rtol=1e-6, atol=1e-7)
             assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, mine.bfloat16()) and parameter.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stepping_part_by_part_is_stepping_at_once(dtype):
+    "However many parts, the weights and the optimizer's memory are the same to the last bit."
+    results, batches = [], random_blocks(12, 16).split(4)
+    for part in (1, 3000, 10**9):
+        model = small_model("llama-gqa").to(dtype)
+        optimizer = MasterOptimizer(model, Training(lr=1e-2), part)
+        for batch in batches:
+            next_token_loss(model, batch).backward()
+            optimizer.step(1e-2)
+        results.append((len(optimizer.parts), list(model.parameters()), optimizer.state))
+    n = len(results[0][1])
+    assert results[0][0] == n > results[1][0] > results[2][0] == 1
+    for _, parameters, state in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][1]))
+        assert list(state) == list(range(n)) and all(torch.equal(state[i][key], results[0][2][i][key]) for i in state for key in state[i])
+
+
+def test_training_costs_weights_gradients_masters_and_moments():
+    "With few tokens, so that activations are small: 2 + 2 + 4 + 8 bytes per parameter in bfloat16, 4 + 4 + 8 in float32, and little more."
+    config = transformers.LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        peak = model.dtype.itemsize * size + peak_of_tensors(lambda: train(model, random_blocks(3, 8), Training(batch_size=1)))
+        assert 0.95 < peak / (16 * size) < 1.1
 
 
 def test_updates_too_small_for_bfloat16_add_up():
