@@ -180,14 +180,15 @@ def fitness_figure(
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #6d0618d1
+# %% ../nbs/12_figures.ipynb #a2534040
 def level_color(
     share: float,  # kept, 0 to 1
 ) -> tuple[str, str]:
     "Colours of a cell, and of the text on it that stands out better: black or white."
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colormaps["viridis"](share)[:3])
+    color = colormaps["viridis"](float(share))  # a whole number would be an index
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color[:3])
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return to_hex(colormaps["viridis"](share)), "black" if luminance > 0.18 else "white"
+    return to_hex(color), "black" if luminance > 0.18 else "white"
 
 # %% ../nbs/12_figures.ipynb #769e0a22
 def _kept_table(genome: Genome, space: Space) -> tuple[np.ndarray, dict[tuple[int, int], int]]:
