@@ -6,7 +6,7 @@
 __all__ = ['IndexedCache', 'indexed_attention', 'partial_layer', 'OwnConfig', 'resized', 'head_map', 'shrink_attention',
            'shrink_mlp', 'drop_sublayer', 'renumber_cache', 'fit_layers']
 
-# %% ../nbs/04a_modeling.ipynb #a48f265b
+# %% ../nbs/04a_modeling.ipynb #747166a2
 from functools import cache
 
 import torch
@@ -19,14 +19,15 @@ class IndexedCache:
     def __init__(
         self,
         cache,  # the real cache, or None while training or scoring
-        index: torch.Tensor,  # (n_heads,) key/value head that each query head reads
+        index: list[int],  # for each query head, the key/value head that it reads
     ):
         self.cache, self.index = cache, index
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
-        return keys[:, self.index], values[:, self.index]
+        index = torch.as_tensor(self.index, device=keys.device)
+        return keys.index_select(1, index), values.index_select(1, index)  # faster than keys[:, index], backwards above all
 
 # %% ../nbs/04a_modeling.ipynb #1b6d5773
 @cache

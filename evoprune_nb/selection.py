@@ -6,7 +6,7 @@
 __all__ = ['RESTARTS', 'PUBLISHED_STAGES', 'FITNESS', 'kl_divergence', 'perplexity', 'cross_entropy', 'Stage', 'check_stages',
            'check_restart', 'check_text', 'Evaluation', 'Evaluator', 'Elimination', 'select']
 
-# %% ../nbs/07_selection.ipynb #0001c3dd
+# %% ../nbs/07_selection.ipynb #84eec4f6
 import math
 import time
 from collections import deque
@@ -23,9 +23,9 @@ from .data import TokenPool, derive_seed
 from .genome import Genome
 from .models import decoder_layers
 from .pruning import LevelDatabase, layer_span
-from .training import MasterOptimizer, Training, cached_rows, final_hidden, head_is_linear, train
+from .training import MasterOptimizer, Training, cached_rows, final_hidden, head_is_linear, softmax_sums, train
 
-# %% ../nbs/07_selection.ipynb #57e819ac
+# %% ../nbs/07_selection.ipynb #aea73508
 def kl_divergence(
     teacher_head: nn.Module,  # hidden → logits of the dense model
     teacher_hidden: torch.Tensor,  # (positions, hidden) final hidden states of the dense model
@@ -40,9 +40,9 @@ def kl_divergence(
         rows = cached_rows(logits)
         for z, z_student in zip(logits.split(rows), student_logits.split(rows)):
             z, z_student = z.float(), z_student.float()
-            lse = z.logsumexp(-1, keepdim=True)
-            p = (z - lse).exp_()
-            sums.append(((p * (z - z_student)).sum(-1) - lse.squeeze(-1) + z_student.logsumexp(-1)).sum())
+            exps, total, lse = softmax_sums(z)
+            _, _, lse_student = softmax_sums(z_student)
+            sums.append(((exps.mul_(z.sub_(z_student)).sum(-1, keepdim=True) / total) - lse + lse_student).sum())
     return torch.stack(sums).cpu().double().sum().item() / len(teacher_hidden)
 
 
