@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_python_example_runs(tmp_path, monkeypatch):
@@ -25,21 +27,32 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-smaller-model" / "model.safetensors").exists() and (tmp_path / "runs/mine/events.jsonl").exists()
 
 
-def test_command_example_uses_real_parameters():
-    """Every parameter in the README's command exists in the demo notebook."""
-    from evoprune_nb.experiments import notebook_parameters
+def test_shell_example_runs(tmp_path, monkeypatch):
+    """The README's commands, one after the other, with a small model, text and budgets in place of the reader's."""
+    from evoprune_nb.commands import main
+    from evoprune_nb.data import documents
 
-    command = re.search(r"evoprune run nbs/experiments/demo.ipynb -p.*?```", README, re.DOTALL)[0]
-    names = re.findall(r"-p (\w+)", command)
-    assert len(names) >= 4 and set(names) <= set(notebook_parameters(Path(__file__).parent.parent / "nbs/experiments/demo.ipynb"))
+    (tmp_path / "your-text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents("wikipedia-sample")))
+    block = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "evoprune" in block).replace("\\\n", " ")
+    replacements = {
+        "your/model": "tiny", "bfloat16": "float32", "100000000": "1024", " --tasks arc_easy piqa": "", "nbs/experiments": str(ROOT / "nbs/experiments"),
+        "-p run_dir": "-p seq_len 64 -p calibration_tokens 2048 -p generations 1 -p offspring 4 -p survivors '[2, 1]' -p tuning_tokens '[0, 128]' -p scoring_tokens '[64, 128]' -p post_tokens 1024 -p heldout_tokens 1024 -p run_dir"}
+    for shown, used in replacements.items():
+        assert shown in block
+        block = block.replace(shown, used)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$evoprune ")]
+    assert [command[0] for command in commands] == ["plan", "run", "post-train", "export", "eval"]
+    for command in commands:
+        assert main(command) == 0, command
+    assert list(Path("mine-gguf").glob("*.gguf")) and Path("reports/mine/report.html").exists()
 
 
 def test_files_and_commands_exist():
     """Notebooks, reports and make targets that the README names exist."""
-    root = Path(__file__).parent.parent
     for path in re.findall(r"\((reports/[^)]+)\)", README):
-        assert (root / path).exists(), path
+        assert (ROOT / path).exists(), path
     for name in set(re.findall(r"`(\d\d[a-z]?_\w+)`", README)):
-        assert (root / "nbs" / f"{name}.ipynb").exists(), name
-    targets = re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE)
+        assert (ROOT / "nbs" / f"{name}.ipynb").exists(), name
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make (\w+)", README)) <= set(targets)
