@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# %% ../nbs/01c_allocator.ipynb #ddcbaa9d
+# %% ../nbs/01c_allocator.ipynb #691f6668
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 _open = 0  # how many contexts are
 
@@ -19,7 +19,7 @@ _open = 0  # how many contexts are
 def _set(keep: bool) -> None:
     "Make glibc keep all freed memory; or bring back the limits that it adapts itself to, and give memory back."
     libc = ctypes.CDLL(None)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+    libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 2**26)  # -1: never; the largest number there is, 2 GB, is less than a model in training leaves
     libc.mallopt(_MMAP_MAX, 0 if keep else 2**16)
     libc.mallopt(_MMAP_THRESHOLD, 2**25)
     if not keep:

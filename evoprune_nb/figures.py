@@ -50,7 +50,7 @@ _STAGE_STYLE = [(GREY, "x"), (SKY, "v"), (ORANGE, "s"), (GREEN, "D"), (VERMILLIO
 def _style(stage: int) -> tuple[str, str]:
     return _STAGE_STYLE[stage % len(_STAGE_STYLE)]
 
-# %% ../nbs/12_figures.ipynb #bc65ed97
+# %% ../nbs/12_figures.ipynb #4fe3a005
 @dataclass(frozen=True)
 class Theme:
     "Colours of everything that is not data."
@@ -80,10 +80,12 @@ def _paint(figure: mpl_figure.Figure, theme: str) -> Figure:
         axes.tick_params(which="both", color=colors.muted, labelcolor=colors.ink)
         for spine in axes.spines.values():
             spine.set_color(colors.muted)
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *(axes.get_legend().get_texts() if axes.get_legend() else ())):
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
             text.set_color(colors.ink)
-        if axes.get_legend():
-            axes.get_legend().get_frame().set(facecolor=colors.paper, edgecolor="none", alpha=0.8)
+    for legend in (*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))):
+        legend.get_frame().set(facecolor=colors.paper, edgecolor="none", alpha=0.8)
+        for text in legend.get_texts():
+            text.set_color(colors.ink)
     return figure
 
 
@@ -420,30 +422,31 @@ def tokens_figure(
     axes.legend(fontsize=8, loc="upper left", frameon=False)
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #b122e576
+# %% ../nbs/12_figures.ipynb #43fa2e2b
 def comparison_figure(
     rows: Sequence[dict],  # each with name, and lists `before` and `after` of perplexities (one value per seed)
     dense: float | None = None,  # perplexity of the dense model
     title: str = "Held-out perplexity",
     theme: str = "light",  # a name in THEMES
 ) -> Figure:
-    "Perplexity of several methods before and after post-training; with several seeds, each is a dot and the bar is their mean."
-    figure = Figure(figsize=(2.6 + 1.3 * len(rows), 3.4), layout="constrained")
+    "Perplexity of several methods before and after post-training: a dot per seed, and the means with their values."
+    figure, ink = Figure(figsize=(2.6 + 1.3 * len(rows), 3.6), layout="constrained"), _theme(theme).ink
     axes = figure.subplots()
-    for offset, key, color, hatch in ((-0.19, "before", SKY, ""), (0.19, "after", BLUE, "//")):
-        means = [float(np.mean(row[key])) for row in rows]
-        bars = axes.bar([i + offset for i in range(len(rows))], means, 0.38, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=f"{key} post-training")
-        axes.bar_label(bars, [f"{mean:.1f}" for mean in means], fontsize=8, padding=6, color=_theme(theme).ink)
+    for i, row in enumerate(rows):
+        axes.plot([i - 0.12, i + 0.12], [np.mean(row["before"]), np.mean(row["after"])], color=GREY, linewidth=1, zorder=1)
+    for offset, key, color, marker, side in ((-0.12, "before", ORANGE, "o", "right"), (0.12, "after", BLUE, "s", "left")):
+        axes.scatter([i + offset for i, row in enumerate(rows) for _ in row[key]], [value for row in rows for value in row[key]], s=24, color=color, marker=marker, label=f"{key} post-training", zorder=3)
         for i, row in enumerate(rows):
+            mean = float(np.mean(row[key]))
             if len(row[key]) > 1:
-                axes.scatter([i + offset] * len(row[key]), row[key], s=12, color=_theme(theme).ink, zorder=3, label="one seed" if (i, key) == (0, "after") else None)
+                axes.hlines(mean, i + offset - 0.09, i + offset + 0.09, color=ink, linewidth=1.2, zorder=2, label="mean over seeds" if (i, key) == (0, "after") else None)
+            axes.annotate(f"{mean:.1f}", (i + offset, mean), (-12 if side == "right" else 12, 0), textcoords="offset points", ha=side, va="center", fontsize=8, color=ink)
     if dense is not None:
-        axes.axhline(dense, color=_theme(theme).ink, linestyle="--", linewidth=1, label=f"dense: {dense:.1f}")
-    axes.set(ylabel="perplexity (lower is better)", title=title)
+        axes.axhline(dense, color=ink, linestyle="--", linewidth=1, label=f"dense: {dense:.1f}")
+    axes.set(ylabel="perplexity (lower is better)", title=title, xlim=(-0.6, len(rows) - 0.4))
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
-    axes.margins(y=0.28)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper right", ncols=2)
+    axes.margins(y=0.12)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return _paint(figure, theme)
 
 # %% ../nbs/12_figures.ipynb #644179c0

@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
-# %% ../nbs/12a_panel.ipynb #b1c79bdf
+# %% ../nbs/12a_panel.ipynb #141a33f1
 def stats_html(
     pairs: dict[str, str],  # what → value
 ) -> str:
@@ -116,12 +116,13 @@ def badge(status: str) -> str:
 
 def error_html(
     error: str | None,  # traceback, or None
+    what: str = "The search failed:",  # words before it
 ) -> str:
     "The last line of a traceback, with the rest folded away; empty without an error."
     if not error:
         return ""
     last = error.strip().splitlines()[-1]
-    return f'<div class="evo-error" role="alert"><b>The search failed:</b> {escape(last)}<details><summary>traceback</summary><pre>{escape(error.strip())}</pre></details></div>'
+    return f'<div class="evo-error" role="alert"><b>{escape(what)}</b> {escape(last)}<details><summary>traceback</summary><pre>{escape(error.strip())}</pre></details></div>'
 
 
 def table(

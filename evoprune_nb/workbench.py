@@ -154,7 +154,7 @@ def card(
     box.add_class("evo-card")
     return box
 
-# %% ../nbs/13_workbench.ipynb #b6de4508
+# %% ../nbs/13_workbench.ipynb #73aae15d
 _ACTIVE = ("running", "paused")
 _COMING = {  # part → what will be there when the search has begun
     "fitness": "a dot for each candidate, generation by generation, and a mark for each time you steer", "stages": "the candidates' ranks before and after tuning, and who falls where",
@@ -382,7 +382,7 @@ class Workbench:
             self.answer.value = continuation_html(prompt, texts)
 
         def failed(error: str) -> None:
-            self.answer.value = error_html(error).replace("The search failed:", "No answer:")
+            self.answer.value = error_html(error, "No answer:")
 
         self.background.submit(answer, failed)
 
@@ -396,7 +396,7 @@ class Workbench:
                 if self.widget._view_count or not self._displayed:  # not for a panel that was closed, or replaced by another
                     self.refresh()
             except Exception:  # shown, and tried again: a view must not end with the first odd file
-                self.failure.value = error_html(traceback.format_exc()).replace("The search failed:", "The panel could not be redrawn:")
+                self.failure.value = error_html(traceback.format_exc(), "The panel could not be redrawn:")
             self._wake.wait(seconds)
             self._wake.clear()
             time.sleep(0.05)  # at most so many refreshes, however often it is woken
@@ -482,7 +482,7 @@ class Workbench:
                 self._tell(words)
             self._was, self._urgent = status, True
         self._set(self.head, value=f'<div class="evo-title"><b>evoprune workbench</b>{badge(status)}<span>{escape(self._mode(status))}</span><code>{escape(str(self.run_dir))}</code></div>')
-        self._set(self.failure, value=error_html(self.error or self.state.get("error")))
+        self._set(self.failure, value=error_html(self.error, "This did not work:") or error_html(self.state.get("error")))
         active, able = self.driving, self.can_drive and not self.preparing
         paused, over = status == "paused", status == "finished"
         self._set(self.start, disabled=not able or over or (active and not paused), description="Resume" if paused else "Start")

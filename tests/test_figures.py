@@ -209,16 +209,19 @@ def test_sparsity_figure(small, levels):
 
 @pytest.mark.parametrize("dense", [None, 19.3])
 def test_comparison_figure(dense):
-    "Bars are means over seeds, from zero, with their values; each seed is a dot; the dense model is a line."
-    (axes,) = comparison_figure(ROWS, dense).axes
-    heights = [patch.get_height() for container in axes.containers for patch in container]
-    assert heights == pytest.approx([73.6, 63.55, 50.65, 47.55]) and axes.get_ylim()[0] == 0
+    "Each seed is a dot, means have bars and their values; the dense model is a line."
+    figure = comparison_figure(ROWS, dense)
+    (axes,) = figure.axes
+    dots = [y for drawn in axes.collections if hasattr(drawn, "get_sizes") and len(drawn.get_offsets()) == 4 for y in drawn.get_offsets()[:, 1].tolist()]
+    assert sorted(dots) == [47.1, 48.0, 50.3, 51.0, 63.0, 64.1, 72.2, 75.0]
+    bars = [segment[0][1] for drawn in axes.collections if hasattr(drawn, "get_segments") for segment in drawn.get_segments()]
+    assert sorted(bars) == pytest.approx([47.55, 50.65, 63.55, 73.6]) and {"73.6", "63.5", "50.6"} <= {text.get_text() for text in axes.texts}
     assert axes.get_ylabel() == "perplexity (lower is better)" and [label.get_text() for label in axes.get_xticklabels()] == ["uniform", "evolved"]
-    assert {"73.6", "63.5"} <= {text.get_text() for text in axes.texts}
-    assert sorted(y for dots in axes.collections for y in dots.get_offsets()[:, 1].tolist()) == [47.1, 48.0, 50.3, 51.0, 63.0, 64.1, 72.2, 75.0]
-    assert [line.get_ydata()[0] for line in axes.lines] == ([dense] if dense else [])
-    single = comparison_figure([{"name": "one", "before": [3.0], "after": [2.0]}]).axes[0]
-    assert not single.collections
+    assert [line.get_ydata()[0] for line in axes.lines[2:]] == ([dense] if dense else [])  # after one line from before to after for each method
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert labels == ["before post-training", "after post-training", "mean over seeds"] + [f"dense: {dense}"] * bool(dense)
+    single = comparison_figure([{"name": "one", "before": [3.0], "after": [2.0]}])
+    assert "mean over seeds" not in [text.get_text() for text in single.legends[0].get_texts()]
 
 
 DRAW = {
