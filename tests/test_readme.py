@@ -35,7 +35,7 @@ def test_shell_example_runs(tmp_path, monkeypatch):
     (tmp_path / "your-text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents("wikipedia-sample")))
     block = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "evoprune" in block).replace("\\\n", " ")
     replacements = {
-        "your/model": "tiny", "bfloat16": "float32", "100000000": "1024", " --tasks arc_easy piqa": "", "nbs/experiments": str(ROOT / "nbs/experiments"),
+        "your/model": "tiny", "bfloat16": "float32", "100000000": "8192", " --tasks arc_easy piqa": "", "nbs/experiments": str(ROOT / "nbs/experiments"),
         "-p run_dir": "-p seq_len 64 -p calibration_tokens 2048 -p generations 1 -p offspring 4 -p survivors '[2, 1]' -p tuning_tokens '[0, 128]' -p scoring_tokens '[64, 128]' -p post_tokens 1024 -p heldout_tokens 1024 -p run_dir"}
     for shown, used in replacements.items():
         assert shown in block
