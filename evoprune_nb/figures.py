@@ -422,7 +422,7 @@ def tokens_figure(
     axes.legend(fontsize=8, loc="upper left", frameon=False)
     return _paint(figure, theme)
 
-# %% ../nbs/12_figures.ipynb #43fa2e2b
+# %% ../nbs/12_figures.ipynb #fdaa63d4
 def comparison_figure(
     rows: Sequence[dict],  # each with name, and lists `before` and `after` of perplexities (one value per seed)
     dense: float | None = None,  # perplexity of the dense model
@@ -440,7 +440,7 @@ def comparison_figure(
             mean = float(np.mean(row[key]))
             if len(row[key]) > 1:
                 axes.hlines(mean, i + offset - 0.09, i + offset + 0.09, color=ink, linewidth=1.2, zorder=2, label="mean over seeds" if (i, key) == (0, "after") else None)
-            axes.annotate(f"{mean:.1f}", (i + offset, mean), (-12 if side == "right" else 12, 0), textcoords="offset points", ha=side, va="center", fontsize=8, color=ink)
+            axes.annotate(f"{mean:.1f}", (i + offset, mean), ((-1 if side == "right" else 1) * (12 if len(row[key]) == 1 else 20), 0), textcoords="offset points", ha=side, va="center", fontsize=8, color=ink)
     if dense is not None:
         axes.axhline(dense, color=ink, linestyle="--", linewidth=1, label=f"dense: {dense:.1f}")
     axes.set(ylabel="perplexity (lower is better)", title=title, xlim=(-0.6, len(rows) - 0.4))

@@ -25,7 +25,7 @@ from .models import decoder_layers
 from .pruning import LevelDatabase, layer_span
 from .training import MasterOptimizer, Training, cached_rows, final_hidden, head_is_linear, softmax_sums, train
 
-# %% ../nbs/07_selection.ipynb #aea73508
+# %% ../nbs/07_selection.ipynb #53d5c39b
 def kl_divergence(
     teacher_head: nn.Module,  # hidden → logits of the dense model
     teacher_hidden: torch.Tensor,  # (positions, hidden) final hidden states of the dense model
@@ -42,7 +42,7 @@ def kl_divergence(
             z, z_student = z.float(), z_student.float()
             exps, total, lse = softmax_sums(z)
             _, _, lse_student = softmax_sums(z_student)
-            sums.append(((exps.mul_(z.sub_(z_student)).sum(-1, keepdim=True) / total) - lse + lse_student).sum())
+            sums.append((exps.mul_(z - z_student).sum(-1, keepdim=True) / total - lse + lse_student).sum())
     return torch.stack(sums).cpu().double().sum().item() / len(teacher_hidden)
 
 
