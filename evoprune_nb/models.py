@@ -7,7 +7,7 @@ __all__ = ['SMOLLM2_GGUF', 'WIKIPEDIA_SAMPLE', 'EMBEDDED_MODELS', 'resolve_devic
            'fetch_embedded', 'load_model', 'Unit', 'decoder_layers', 'layer_norms', 'find_units', 'prunable_units',
            'model_fingerprint']
 
-# %% ../nbs/00_models.ipynb #a3ca4c35
+# %% ../nbs/00_models.ipynb #a075e950
 import hashlib
 import os
 import re
@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from .attention import use_attention_in_blocks
 
 # %% ../nbs/00_models.ipynb #ef73cfb6
 def resolve_device(
@@ -153,13 +155,14 @@ def _smollm2_dir() -> Path:
 
 EMBEDDED_MODELS = {"tiny": lambda: Path(str(files("evoprune_nb") / "tiny")), "smollm2-135m": _smollm2_dir}
 
-# %% ../nbs/00_models.ipynb #f3617a46
+# %% ../nbs/00_models.ipynb #da16b4e9
 def load_model(
     name: str = "tiny",  # "tiny", "smollm2-135m", a local directory, or a hub id
     dtype: str | torch.dtype = "float32",  # dtype of the weights; "auto": that of the checkpoint
     device: str | torch.device = "cpu",  # where the weights go
     revision: str | None = None,  # git revision of a hub model
     trust_remote_code: bool = False,  # transformers' flag: run code that comes with the checkpoint
+    attn_implementation: str | None = None,  # transformers' flag; None: torch's attention, on the CPU in blocks where that is faster (`attention`)
 ) -> tuple[nn.Module, object]:
     """A causal LM in evaluation mode, and its tokenizer.
 
@@ -177,11 +180,13 @@ def load_model(
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **options)
     except OSError as error:
         raise ValueError(
             f"no model {name!r}: it is neither an embedded model ({', '.join(EMBEDDED_MODELS)}), nor a local directory with config.json, "
             f"nor a hub id that could be reached ({str(error).splitlines()[0]})") from error
+    if attn_implementation is None:
+        use_attention_in_blocks(model)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/00_models.ipynb #c8c8f0fa
