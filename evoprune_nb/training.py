@@ -73,12 +73,12 @@ def head_is_linear(model: nn.Module) -> bool:
         logits = model(input_ids=probe.to(model.device), use_cache=False).logits
         return torch.allclose(logits.float(), model.get_output_embeddings()(final_hidden(model, probe)).float())
 
-# %% ../nbs/06_training.ipynb #79168e1d
+# %% ../nbs/06_training.ipynb #a3e41bcb
 def cached_rows(
     logits: torch.Tensor,  # (positions, vocabulary)
 ) -> int:
     "How many rows to take at a time: as many as fit into a processor's cache in float32; all of them on other devices."
-    return max(8, 2**21 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return max(8, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
 
 
 def softmax_sums(
