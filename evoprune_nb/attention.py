@@ -32,7 +32,7 @@ def _probabilities(
     logits.view(len(logits), -1, n, stop)[..., start:].add_(future[:n, :n])
     return logits.softmax(-1)
 
-# %% ../nbs/01d_attention.ipynb #4f971b60
+# %% ../nbs/01d_attention.ipynb #eec4716b
 class _CausalAttention(torch.autograd.Function):
     "The output has the layout (batch, positions, heads, size), in which the next projection reads it."
 
@@ -84,9 +84,10 @@ def causal_attention(
     """Softmax attention of each position to itself and those before it: (batch, positions, heads, size).
 
     For training it keeps a little more than half of positions² probabilities per head (`kept_probabilities`), in the dtype of the inputs."""
-    return _CausalAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    with torch.autocast("cpu", enabled=False):  # which would round the logits
+        return _CausalAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
-# %% ../nbs/01d_attention.ipynb #09c62cee
+# %% ../nbs/01d_attention.ipynb #79734e00
 _LONGEST = 1024  # positions; there the probabilities take about as much memory as the rest of a layer's activations
 IN_BLOCKS = "causal_in_blocks"  # the name of this attention in transformers
 
@@ -107,10 +108,15 @@ def kept_probabilities(
     return sum((min(start + _ROWS, length) - start) * min(start + _ROWS, length) for start in range(0, length, _ROWS)) / length
 
 
+def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    "Tensors in the dtype in which mixed precision computes attention, where it is on."
+    return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors] if torch.is_autocast_enabled("cpu") else list(tensors)
+
+
 def _suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, options: dict) -> bool:
     "Whether this is plain causal attention on the CPU that products in blocks do faster."
     plain = attention_mask is None and not dropout and options.get("is_causal") in (None, True) and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
-    same = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1]
+    same = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
     return plain and same and query.device.type == "cpu" and faster_in_blocks(query.dtype, query.shape[2])
 
 
@@ -118,6 +124,8 @@ def _attention_forward(module, query, key, value, attention_mask, dropout=0.0, s
     "transformers' attention interface."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if query.device.type == "cpu":
+        query, key, value = _autocast(query, key, value)
     if _suits(query, key, value, attention_mask, dropout, options) and getattr(module, "is_causal", True):
         return causal_attention(query, key, value, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)

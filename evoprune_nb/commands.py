@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'main']
 
-# %% ../nbs/14a_commands.ipynb #210c0564
+# %% ../nbs/14a_commands.ipynb #165e7f79
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -300,7 +301,7 @@ def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
     genome = Genome.parse(options.genome) if options.genome else history.winner
     return model, tokenizer, run_card(history, genome, options.model, genome_figure(genome, history.space))
 
-# %% ../nbs/14a_commands.ipynb #9e32b36c
+# %% ../nbs/14a_commands.ipynb #e4474582
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evoprune", description="Training-aware evolutionary pruning of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -332,6 +333,7 @@ def main(
         print(f"evoprune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # not a word about the kernel that is gone, after the line that matters
         print("\nevoprune: interrupted. Nothing is lost: the same command continues from the run directory.", file=sys.stderr)
         return 130
     return 0

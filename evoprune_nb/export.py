@@ -7,7 +7,7 @@ __all__ = ['PREFIX', 'per_layer_config', 'stock_class', 'stock_config', 'modelin
            'Card', 'base_license', 'write_card', 'read_card', 'add_scores', 'run_card', 'export_hf', 'load_exported',
            'is_run', 'load_winner']
 
-# %% ../nbs/10_export.ipynb #c2bed7ba
+# %% ../nbs/10_export.ipynb #ede3ac9e
 import inspect
 import json
 import os
@@ -26,6 +26,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import modeling
+from .attention import use_attention_in_blocks
 from .candidates import materialize
 from .genome import Genome
 from .history import History
@@ -313,7 +314,7 @@ def export_hf(
         write_card(scratch, model, replace(card, form="hf"))
     return Path(directory)
 
-# %% ../nbs/10_export.ipynb #658cd6e6
+# %% ../nbs/10_export.ipynb #6bb6b192
 def load_exported(
     directory: str | Path,  # from `export_hf` or `export_padded`, or of any stock model
     dtype: str | torch.dtype = "auto",  # of the weights; "auto": as stored
@@ -333,6 +334,7 @@ def load_exported(
     if kind.removeprefix(PREFIX) not in transformers.CONFIG_MAPPING:
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {kind.removeprefix(PREFIX)!r}")
     model = _pruned_class(kind).from_pretrained(directory, dtype=dtype)
+    use_attention_in_blocks(model)
     # Given the configuration, transformers need not read it, and so does not ask whether it may run the code that it names.
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
 

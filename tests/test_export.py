@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers.models.llama import modeling_llama as llama
 
 from evoprune_nb import export, modeling
+from evoprune_nb.attention import IN_BLOCKS
 from evoprune_nb.candidates import materialize
 from evoprune_nb.commands import main
 from evoprune_nb.export import Card, base_license, export_hf, is_run, load_exported, load_winner, per_layer_config, read_card
@@ -82,7 +83,9 @@ pathlib.Path(sys.argv[2]).write_text(json.dumps(report))
 
 
 def behaviour(model) -> dict[str, torch.Tensor]:
-    "Logits, and greedy continuations with a cache, on fixed text."
+    "Logits, and greedy continuations with a cache, on fixed text; with torch's attention, as plain transformers has it."
+    if model.config._attn_implementation == IN_BLOCKS:
+        model.set_attn_implementation("sdpa")
     blocks = random_blocks(3, 24, seed=5)
     with torch.no_grad():
         logits = model(blocks).logits
