@@ -119,7 +119,7 @@ def collect_hessians(
         hessian.copy_(hessian.triu() + hessian.triu(1).T).mul_(2 / blocks.numel())
     return hessians
 
-# %% ../nbs/04_pruning.ipynb #007b129e
+# %% ../nbs/04_pruning.ipynb #6c10cf99
 def _cholesky(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
     "Lower Cholesky factor by halves, so that most of the work is matrix products, which LAPACK's own routine does not make of it."
     n = len(matrix) // 2
@@ -131,6 +131,20 @@ def _cholesky(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
     factor[n:, :n] = side.T
     factor[n:, n:] = _cholesky(torch.addmm(matrix[n:, n:], side.T, side, alpha=-1), small)
     return factor
+
+
+def _inverse(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
+    "Inverse of a positive definite matrix, by halves as well: that of the first, and of the Schur complement of the second."
+    n = len(matrix) // 2
+    if n < small:
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    side, first, inverse = matrix[:n, n:], _inverse(matrix[:n, :n], small), torch.empty_like(matrix)
+    reach = first @ side
+    inverse[n:, n:] = _inverse(torch.addmm(matrix[n:, n:], side.T, reach, alpha=-1), small)
+    torch.mm(reach, inverse[n:, n:], out=inverse[:n, n:]).neg_()
+    inverse[n:, :n] = inverse[:n, n:].T
+    inverse[:n, :n] = torch.addmm(first, inverse[:n, n:], reach.T, alpha=-1)
+    return inverse
 
 
 def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +161,7 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     weight[:, dead] = 0
     return weight, hessian
 
-# %% ../nbs/04_pruning.ipynb #c4551ac6
+# %% ../nbs/04_pruning.ipynb #9cb0ccf5
 def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, n: int) -> torch.Tensor:
     "Remove the `n` cheapest of the columns that are `alive`, one after another; changes all three in place, returns their positions in order."
     g, p = gram.diagonal().clone(), inverse.diagonal().clone()
@@ -176,7 +190,7 @@ def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 32) -
     names, order = torch.arange(len(gram), device=gram.device), []
     while len(names):
         alive, left = torch.ones(len(names), dtype=torch.bool, device=gram.device), len(names)
-        while left > 0.75 * len(names):
+        while left > 7 / 8 * len(names):
             n = min(block, left)
             order.append(names[_remove_channels(gram, inverse, alive, n)])
             left -= n
@@ -220,7 +234,7 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
         alive, gram, inverse = [alive[slot] for slot in slots], gram[rest][:, rest], inverse[rest][:, rest]
     return torch.tensor(order)
 
-# %% ../nbs/04_pruning.ipynb #1df93214
+# %% ../nbs/04_pruning.ipynb #4bb05a91
 @dataclass(frozen=True)
 class PrunedUnit:
     "All levels of one unit."
@@ -253,7 +267,7 @@ def prune_unit(
 ) -> PrunedUnit:
     "Prune one linear layer to all levels by second-order structured pruning; weights in the dtype of `weight`."
     wide, h = _damped(weight, hessian, damping)
-    inverse = torch.cholesky_inverse(_cholesky(h))
+    inverse = _inverse(h)
     group = h.shape[0] // size // n_kv_heads if n_kv_heads else 1
     if size == 1:
         order = _channel_order(wide.T @ wide, inverse)
