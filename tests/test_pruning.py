@@ -372,3 +372,15 @@ def test_full_disk_is_an_error_before_any_work(tiny, pools, tmp_path, monkeypatc
     monkeypatch.setattr("evoprune_nb.pruning.collect_hessians", lambda *_, **__: pytest.fail("calibrated"))
     with pytest.raises(OSError, match="free"):
         build_database(tiny, pools["calibration"].blocks.long(), tmp_path / "database", progress=False)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50, 129])
+def test_inverse_by_halves(n):
+    "Whatever the size, and halves that are unequal: the inverse, as exact as torch's; an indefinite matrix is an error."
+    torch.manual_seed(n)
+    inputs = torch.randn(2 * n, n, dtype=torch.float64) * torch.logspace(0, -2, n, dtype=torch.float64)
+    matrix = inputs.T @ inputs / n + 1e-4 * torch.eye(n, dtype=torch.float64)
+    found = pruning._inverse(matrix, small=4)
+    torch.testing.assert_close(found, torch.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
+    with pytest.raises(torch.linalg.LinAlgError):
+        pruning._inverse(matrix - 2 * matrix.diagonal().max() * torch.eye(n, dtype=torch.float64), small=4)
