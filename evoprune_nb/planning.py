@@ -227,7 +227,7 @@ def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_
     memory = space.dense_params * sizes.itemsize + calibration.n_bytes + max(work, forward)
     return Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds), len(calibration.groups)
 
-# %% ../nbs/08c_planning.ipynb #51bed41b
+# %% ../nbs/08c_planning.ipynb #d2a1e407
 def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, seq_len: int, uneven: bool, device: Device | None) -> Phase:
     "The second phase."
     stages, weights, position = config.stages, space.n_params(genome), sizes.hidden * sizes.itemsize
@@ -239,7 +239,7 @@ def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, s
     levels = (weights - space.fixed_params) * sizes.itemsize  # pages of the database that were read
     scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, 256)
     batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
-    at_work = max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tokens["tuning"] else 0)
+    at_work = config.at_once * max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tokens["tuning"] else 0)
     waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.restart == "continue" else 0
     kept = max(stage.scoring_tokens for stage in stages) * position + waiting * weights * optimizer_bytes(sizes.itemsize, config.training)
     memory = space.dense_params * sizes.itemsize + levels + kept + at_work

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['fingerprints', 'Search', 'check_search']
 
-# %% ../nbs/08_search.ipynb #ca67e40e
+# %% ../nbs/08_search.ipynb #5cfc919d
 import json
 import math
 import random
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +55,7 @@ def fingerprints(
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
     return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
 
-# %% ../nbs/08_search.ipynb #3a3df987
+# %% ../nbs/08_search.ipynb #1630ce80
 class Search:
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -79,7 +79,7 @@ class Search:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
         _, self.start = Rules.of(config).target(self.space)
         self.position = self._end = self._origin()
-        self._evaluator, self._evaluate, self._made_for = evaluator, None, None
+        self._evaluator, self._evaluate, self._made_for, self._announced = evaluator, None, None, None
         self._prepare_evaluator(self.rules, 0)
         self._brood()  # raises if the mutation cannot keep the budget
         if config.heldout_tokens:
@@ -288,13 +288,25 @@ class Search:
         wanted = (rules.stages, rules.training, rules.fitness, branch)
         if self._made_for != wanted:
             self._made_for = wanted
-            self._evaluate = self._evaluator or Evaluator(self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, self._seed(branch), rules.restart)
+            self._evaluate = self._evaluator or Evaluator(self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, self._seed(branch), rules.restart, at_once=self.config.at_once)
         if hasattr(self._evaluate, "reference"):
             self._evaluate.reference = self.parent
+
+    def _announce(self, candidates: Sequence[Genome], generation: int, stage: int) -> None:
+        "Pass on who will be evaluated, when it comes to that: not while a log is played back."
+        self._announced = (list(candidates), generation, stage)
+
+    def _halt(self) -> None:
+        "End what an evaluator does in other threads."
+        if hasattr(self._evaluate, "halt"):
+            self._evaluate.halt()
 
     def _logged_evaluation(self, genome: Genome, generation: int, stage: int) -> Evaluation:
         def compute() -> dict:
             self._prepare_evaluator(self.position.current, self.position.branch)
+            if self._announced and hasattr(self._evaluate, "announce"):
+                self._evaluate.announce(*self._announced)
+            self._announced = None
             self._write_state("running", stage, genome.code)
             return _to_json(self._evaluate(genome, generation, stage))
 
@@ -323,7 +335,7 @@ class Search:
         parent, candidates, more = self._brood()
         self._record("generation", self._place() | {"parent": parent.code, "offspring": [genome.code for genome in candidates]} | more)
         rules, fitness = self.rules, {}
-        for happened in select(parent, candidates, rules.stages, self._logged_evaluation, self.generation):
+        for happened in select(parent, candidates, rules.stages, self._logged_evaluation, self.generation, self._announce):
             if isinstance(happened, Evaluation):
                 fitness[happened.genome] = happened.fitness
             else:
@@ -335,6 +347,7 @@ class Search:
             if self.position.abandoned:
                 branch, generation = self.position.abandoned
                 self._record("abandoned", ({"branch": branch} if branch else {}) | {"generation": generation})
+                self._halt()
                 self._made_for = None  # what it keeps of candidates in training is of no use any more
                 return
 
@@ -357,6 +370,7 @@ class Search:
         try:
             return next(self._steps)
         except BaseException as error:
+            self._halt()
             failed = isinstance(error, Exception)
             self._write_state("failed" if failed else "stopped", error=traceback.format_exc() if failed else None)
             self._rewind()
@@ -392,6 +406,7 @@ class Search:
                     watch(happened)
                     paused = until == "evaluation" and isinstance(happened, Evaluation) or until == "generation" and not self.position.current
             finally:
+                self._halt()
                 if self.status in ("running", "paused"):
                     self._write_state("stopped")
 

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['RESTARTS', 'PUBLISHED_STAGES', 'FITNESS', 'kl_divergence', 'perplexity', 'cross_entropy', 'Stage', 'check_stages',
-           'check_restart', 'check_text', 'Evaluation', 'Evaluator', 'Elimination', 'select']
+           'check_restart', 'check_text', 'SideBySide', 'Evaluation', 'Evaluator', 'Elimination', 'select']
 
-# %% ../nbs/07_selection.ipynb #84eec4f6
+# %% ../nbs/07_selection.ipynb #ab80d485
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .allocator import keep_freed_memory
+from .allocator import keep_freed_memory, share_freed_memory
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome
@@ -25,9 +27,9 @@ from .models import decoder_layers
 from .pruning import LevelDatabase, layer_span
 from .training import MasterOptimizer, Training, cached_rows, final_hidden, head_is_linear, softmax_sums, train
 
-# %% ../nbs/07_selection.ipynb #53d5c39b
+# %% ../nbs/07_selection.ipynb #f1d565e0
 def kl_divergence(
-    teacher_head: nn.Module,  # hidden → logits of the dense model
+    teacher_head: Callable[[torch.Tensor], torch.Tensor],  # hidden → logits of the dense model
     teacher_hidden: torch.Tensor,  # (positions, hidden) final hidden states of the dense model
     student_head: nn.Module,  # the same of the candidate
     student_hidden: torch.Tensor,  # (positions, hidden)
@@ -112,7 +114,88 @@ def check_text(
         if stage.tuning_tokens:
             pools["tuning"].require(stage.tuning_tokens)
 
-# %% ../nbs/07_selection.ipynb #2bc11171
+# %% ../nbs/07_selection.ipynb #baaae318
+class SideBySide:
+    "Does announced pieces of work some at a time, each in a thread with its share of the cores."
+
+    def __init__(
+        self,
+        work: Callable[[Hashable, int], object],  # (item, how many are side by side) → result; it calls `go_on` now and then
+        at_once: int = 1,  # how many are side by side
+    ):
+        if not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(f"at_once must be a whole number from 1; got {at_once!r}")
+        self.work, self.at_once = work, at_once
+        self._items: list[Hashable] = []  # announced
+        self._group: list[Hashable] = []  # those of them that the threads there are take next
+        self._running: dict[Hashable, Future] = {}  # begun, or about to be
+        self._pool: ThreadPoolExecutor | None = None
+        self._halted = threading.Event()
+
+    def announce(
+        self,
+        items: Iterable[Hashable],  # in the order in which `result` will ask for them
+    ) -> None:
+        "End what is under way, and hear what comes next."
+        self.halt()
+        self._items = list(items)
+
+    def result(self, item: Hashable) -> object:
+        "The result for an item; one that was not announced is worked on alone. Raises what the work raised."
+        if item not in self._running:
+            row, width = self._row_of(item)
+            if width == 1:
+                return self.work(item, 1)
+            self._open(row, width)
+        while self._group and len(self._running) <= self._width:
+            following = self._group.pop(0)
+            self._running[following] = self._pool.submit(self.work, following, self._width)
+        try:
+            return self._running[item].result()
+        except BaseException:
+            self.halt()
+            raise
+        finally:
+            self._running.pop(item, None)
+            if not self._running:
+                self._close()
+
+    def _row_of(self, item: Hashable) -> tuple[list[Hashable], int]:
+        "The item and what follows it to the end of the full rows, or of what is left over; and how many of them are side by side. That depends on its place alone, wherever one begins."
+        if item not in self._items:
+            return [item], 1
+        here, n = self._items.index(item), len(self._items)
+        full = n - n % self.at_once
+        return (self._items[here:full], self.at_once) if here < full else (self._items[here:], n - full)
+
+    def _open(self, row: list[Hashable], width: int) -> None:
+        "Threads for a row."
+        self.halt()
+        share_freed_memory()
+        self._group, self._width, self._n_cores = row, width, torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(width, "candidate", torch.set_num_threads, (max(1, self._n_cores // width),))
+
+    def _close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True)
+            torch.set_num_threads(self._n_cores)
+        self._group, self._pool = [], None
+
+    def go_on(self) -> None:
+        "For the work to call between two steps: raises `CancelledError` when its result is no longer wanted."
+        if self._halted.is_set():
+            raise CancelledError
+
+    def halt(self) -> None:
+        "End what is under way, at its next step; all of it begins anew when it is asked for."
+        self._halted.set()
+        for future in self._running.values():
+            future.cancel()
+        self._running = {}
+        self._close()
+        self._halted.clear()
+
+# %% ../nbs/07_selection.ipynb #4563ea42
 @dataclass(frozen=True)
 class Evaluation:
     "What one candidate achieved in one stage."
@@ -123,7 +206,7 @@ class Evaluation:
     tuning_loss: float | None  # nats per token of the last tuning step; None without tuning
     tuning_tokens: int  # tokens it has been trained on by now
     scoring_tokens: int  # tokens scored on
-    seconds: float  # wall time
+    seconds: float  # wall time; of candidates evaluated side by side, each one's share
     disqualified: str = ""  # why, if it was
 
 
@@ -143,6 +226,28 @@ class _Tuned:
     fitness: float = math.inf
 
 
+class _Shared:
+    "A function whose latest results are kept for others who ask for the same at about the same time."
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], n_kept: int = 4):
+        self._function, self._n_kept, self._lock = function, n_kept, threading.Lock()
+        self._latest: dict[tuple[int, int, int], Future] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        key = (x.data_ptr(), len(x), torch.get_num_threads())  # on which a product's last bits may depend
+        with self._lock:
+            mine = key not in self._latest
+            if mine:
+                self._latest = dict([*self._latest.items()][-self._n_kept + 1 :]) | {key: Future()}
+            result = self._latest[key]
+        if mine:
+            try:
+                result.set_result(self._function(x))
+            except BaseException as error:
+                result.set_exception(error)
+        return result.result()
+
+
 class Evaluator:
     "Tunes and scores candidates of one dense model."
 
@@ -157,6 +262,7 @@ class Evaluator:
         seed: int = 0,  # the run's seed
         restart: str = "restart",  # "restart": each stage starts from the database; "continue": from the stage before
         batch_size: int = 8,  # blocks per forward pass of scoring
+        at_once: int = 1,  # candidates evaluated side by side, each with its share of the cores
     ):
         if fitness not in FITNESS:
             raise ValueError(f"fitness {fitness!r} is unknown; use one of {', '.join(FITNESS)}")
@@ -167,34 +273,39 @@ class Evaluator:
         self.model, self.database, self.pools, self.stages = model, database, pools, tuple(stages)
         self.training, self.fitness, self.seed, self.restart, self.batch_size = training, fitness, seed, restart, batch_size
         self.reference: Genome | None = None  # untuned candidates start from this genome's hidden states; never changes a result
-        self._scoring: tuple = (None, None, None)  # (generation, stage), batches of blocks, the dense model's hidden states
+        self._scoring: tuple = (None, None, None, None)  # (generation, stage), batches of blocks, the dense model's hidden states, its head
         self._prefix: tuple = (None, None)  # (generation, stage, reference), hidden states by layer and batch
         self._kept: dict[tuple[int, str], _Tuned] = {}  # (generation, genome) → survivors so far, with restart="continue"
+        self._side_by_side, self._lock = SideBySide(self._evaluated, at_once), threading.RLock()  # the lock guards what evaluations share
 
     @torch.no_grad()
-    def _targets(self, generation: int, stage: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        "Scoring blocks of a stage and the dense model's final hidden states on them, in batches; the latest are kept."
-        if self._scoring[0] != (generation, stage):
-            self._scoring, self._prefix = (None, None, None), (None, None)  # those of another stage are of no more use
-            blocks = self.pools["scoring"].draw(self.stages[stage].scoring_tokens, derive_seed(self.seed, generation, stage, "scoring"))
-            batches = blocks.split(self.batch_size)
-            hidden = [final_hidden(self.model, batch).flatten(0, 1) if self.fitness == "kl" else None for batch in batches]
-            self._scoring = ((generation, stage), batches, hidden)
-        return self._scoring[1:]
+    def _targets(self, generation: int, stage: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None], Callable]:
+        "Scoring blocks of a stage and the dense model's final hidden states on them, in batches, and its head, whose logits are shared by those scored side by side; the latest are kept."
+        with self._lock:
+            if self._scoring[0] != (generation, stage):
+                self._scoring, self._prefix = (None, None, None, None), (None, None)  # those of another stage are of no more use
+                blocks = self.pools["scoring"].draw(self.stages[stage].scoring_tokens, derive_seed(self.seed, generation, stage, "scoring"))
+                batches = blocks.split(self.batch_size)
+                hidden = [final_hidden(self.model, batch).flatten(0, 1) if self.fitness == "kl" else None for batch in batches]
+                head = self.model.get_output_embeddings()
+                self._scoring = ((generation, stage), batches, hidden, head if self._side_by_side.at_once == 1 else _Shared(head))
+            return self._scoring[1:]
 
     @torch.no_grad()
     def _reference_states(self, generation: int, stage: int) -> list[deque]:
         "For each layer of the untuned reference, the hidden states that enter it, by batch; the latest are kept."
         key = (generation, stage, self.reference)
-        if self._prefix[0] != key:
-            reference = materialize(self.model, self.database, self.reference, trainable=False)
-            _, layers = decoder_layers(reference)
-            states = [deque() for _ in layers]
-            handles = [layer.register_forward_pre_hook(lambda _, args, kwargs, here=here: here.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True) for layer, here in zip(layers, states)]
-            for batch in self._targets(generation, stage)[0]:
-                final_hidden(reference, batch)
-            self._prefix = (key, states)
-        return self._prefix[1]
+        with self._lock:
+            if self._prefix[0] != key:
+                reference = materialize(self.model, self.database, self.reference, trainable=False)
+                _, layers = decoder_layers(reference)
+                states = [deque() for _ in layers]
+                for layer, here in zip(layers, states):
+                    layer.register_forward_pre_hook(lambda _, args, kwargs, here=here: here.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+                for batch in self._targets(generation, stage)[0]:
+                    final_hidden(reference, batch)
+                self._prefix = (key, states)
+            return self._prefix[1]
 
     def _first_own_layer(self, genome: Genome) -> int:
         "The first layer in which a genome differs from the reference (the last layer, if it is the reference)."
@@ -204,16 +315,17 @@ class Evaluator:
     @torch.no_grad()
     def score(self, candidate: nn.Module, generation: int, stage: int, genome: Genome | None = None) -> tuple[float, int]:
         "Fitness of a model on a stage's scoring text, and the number of tokens. With the `genome` of an untuned candidate, layers that equal the reference's are not run."
-        batches, teacher = self._targets(generation, stage)
+        batches, teacher, teacher_head = self._targets(generation, stage)
         first, entering = 0, None
         if genome is not None and self.reference is not None and (first := self._first_own_layer(genome)):
             entering = self._reference_states(generation, stage)[first].copy()
         head, total, n = candidate.get_output_embeddings(), 0.0, 0
         with layer_span(candidate, range(first, len(decoder_layers(candidate)[1])), entering):
             for batch, teacher_hidden in zip(batches, teacher):
+                self._side_by_side.go_on()
                 hidden = final_hidden(candidate, batch)
                 if self.fitness == "kl":
-                    loss, weight = kl_divergence(self.model.get_output_embeddings(), teacher_hidden, head, hidden.flatten(0, 1)), batch.numel()
+                    loss, weight = kl_divergence(teacher_head, teacher_hidden, head, hidden.flatten(0, 1)), batch.numel()
                 else:
                     loss, weight = cross_entropy(head, hidden, batch), batch.numel() - len(batch)
                 total, n = total + loss * weight, n + weight
@@ -231,7 +343,8 @@ class Evaluator:
 
     def _tune(self, genome: Genome, generation: int, stage: int) -> _Tuned:
         "The candidate as it is when a stage scores it."
-        tuned = self._kept.pop((generation, genome.code), None)
+        with self._lock:
+            tuned = self._kept.pop((generation, genome.code), None)
         tuned = tuned or _Tuned(materialize(self.model, self.database, genome, trainable=self.stages[stage].tuning_tokens > 0))
         portions = [stage] if self.restart == "restart" else range(tuned.stage + 1, stage + 1)
         for index in portions:
@@ -245,22 +358,37 @@ class Evaluator:
         if not len(blocks):
             return
         tuned.optimizer = tuned.optimizer or MasterOptimizer(tuned.model, self.training)
-        result = train(tuned.model, blocks, self.training, optimizer=tuned.optimizer, done=tuned.steps, n_steps=n_steps)
+        result = train(tuned.model, blocks, self.training, optimizer=tuned.optimizer, done=tuned.steps, n_steps=n_steps, go_on=self._side_by_side.go_on)
         tuned.steps, tuned.tokens = tuned.steps + len(result.losses), tuned.tokens + result.tokens
         tuned.loss, tuned.finite = result.losses[-1], result.finite
 
     def _keep(self, generation: int, genome: Genome, tuned: _Tuned) -> None:
         "Remember a tuned candidate as long as it can still be among the survivors of its stage."
-        self._kept = {key: kept for key, kept in self._kept.items() if key[0] == generation} | {(generation, genome.code): tuned}
-        best = sorted((key for key, kept in self._kept.items() if kept.stage == tuned.stage), key=lambda key: self._kept[key].fitness)
-        for key in best[self.stages[tuned.stage].survivors :]:
-            del self._kept[key]
+        with self._lock:
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] == generation} | {(generation, genome.code): tuned}
+            best = sorted((key for key, kept in self._kept.items() if kept.stage == tuned.stage), key=lambda key: self._kept[key].fitness)
+            for key in best[self.stages[tuned.stage].survivors :]:
+                del self._kept[key]
+
+    def announce(self, candidates: Sequence[Genome], generation: int, stage: int) -> None:
+        "Hear whom a stage will evaluate, in order: with `at_once` above 1, they are evaluated side by side. Ends what is under way."
+        self._side_by_side.announce((genome, generation, stage) for genome in candidates)
+
+    def halt(self) -> None:
+        "End evaluations under way in other threads."
+        self._side_by_side.halt()
 
     @keep_freed_memory()
     def __call__(self, genome: Genome, generation: int, stage: int) -> Evaluation:
         "Materialise, tune and score one candidate."
-        start = time.perf_counter()
-        self._targets(generation, stage)  # before there is a candidate, which then is all that is added
+        self._targets(generation, stage)  # what is shared comes first, with all cores; a candidate then is all that is added
+        if self.reference is not None and not self.stages[stage].tuning_tokens:
+            self._reference_states(generation, stage)
+        return self._side_by_side.result((genome, generation, stage))
+
+    def _evaluated(self, which: tuple[Genome, int, int], n_beside: int) -> Evaluation:
+        "One evaluation, with `n_beside` - 1 others beside it."
+        (genome, generation, stage), start = which, time.perf_counter()
         tuned = self._tune(genome, generation, stage)
         why = "" if tuned.finite else "non-finite training loss"
         untuned = genome if not tuned.tokens else None
@@ -270,9 +398,9 @@ class Evaluator:
         if self.restart == "continue" and tuned.tokens and not why and stage + 1 < len(self.stages):
             self._keep(generation, genome, tuned)
         loss = tuned.loss if tuned.loss is None or math.isfinite(tuned.loss) else None
-        return Evaluation(generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, time.perf_counter() - start, why)
+        return Evaluation(generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, (time.perf_counter() - start) / n_beside, why)
 
-# %% ../nbs/07_selection.ipynb #039d27e6
+# %% ../nbs/07_selection.ipynb #e454ed89
 @dataclass(frozen=True)
 class Elimination:
     "The end of a stage."
@@ -288,12 +416,14 @@ def select(
     stages: Sequence[Stage],  # the schedule
     evaluate: Callable[[Genome, int, int], Evaluation],  # (genome, generation, stage) → evaluation
     generation: int,  # number of this generation
+    announce: Callable[[Sequence[Genome], int, int], None] = lambda *_: None,  # hears (candidates, generation, stage) when a stage begins
 ) -> Iterator[Evaluation | Elimination]:
     "Yield evaluations and eliminations; return the survivor's genome and its last evaluation."
     candidates = list(offspring)
     for index, stage in enumerate(stages):
         if index == len(stages) - 1:
             candidates.append(parent)
+        announce(candidates, generation, index)
         scored = []
         for genome in candidates:
             evaluation = evaluate(genome, generation, index)

@@ -18,7 +18,7 @@ from .mutation import OPERATORS
 from .selection import FITNESS, Stage, check_restart, check_stages
 from .training import Training
 
-# %% ../nbs/07b_steering.ipynb #d5b121af
+# %% ../nbs/07b_steering.ipynb #dfb4923b
 DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048))
 
 
@@ -40,6 +40,7 @@ class SearchConfig:
     training: Training = Training()  # how candidates are tuned
     heldout_tokens: int = 0  # track the survivor's loss, untuned, on so much held-out text (never used to select)
     seed: int = 0  # of everything
+    at_once: int = 1  # candidates evaluated side by side (see `Evaluator`)
 
     def __post_init__(self):
         if self.sparsity is None and self.params is None and not self.limits:
@@ -52,8 +53,8 @@ class SearchConfig:
             raise ValueError(f"fitness {self.fitness!r} is unknown; use one of {', '.join(FITNESS)}")
         if self.operator not in OPERATORS:
             raise ValueError(f"mutation operator {self.operator!r} is unknown; there are {', '.join(OPERATORS)}")
-        if self.generations < 1 or self.max_flips < 1 or not 0 <= self.tolerance < 1:
-            raise ValueError(f"need generations ≥ 1, max_flips ≥ 1 and 0 ≤ tolerance < 1; got {self.generations}, {self.max_flips}, {self.tolerance}")
+        if self.generations < 1 or self.max_flips < 1 or self.at_once < 1 or not 0 <= self.tolerance < 1:
+            raise ValueError(f"need generations ≥ 1, max_flips ≥ 1, at_once ≥ 1 and 0 ≤ tolerance < 1; got {self.generations}, {self.max_flips}, {self.at_once}, {self.tolerance}")
 
     @classmethod
     def from_dict(cls, row: dict) -> "SearchConfig":

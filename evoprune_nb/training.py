@@ -193,7 +193,7 @@ def _parts(tensors: list[torch.Tensor], limit: int) -> list[slice]:
             n = tensor.numel()
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tensors)])]
 
-# %% ../nbs/06_training.ipynb #5f0621a6
+# %% ../nbs/06_training.ipynb #eacef918
 @dataclass
 class TrainingResult:
     "What a training loop did."
@@ -213,6 +213,7 @@ def train(
     optimizer: MasterOptimizer | None = None,  # of an earlier call on the same model, to go on as if there had been no break
     done: int = 0,  # steps of the earlier calls
     n_steps: int | None = None,  # of the whole schedule; None: those of this call
+    go_on: Callable[[], None] = lambda: None,  # called before each step; what it raises ends the training
 ) -> TrainingResult:
     "Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights."
     if getattr(model, "shares_weights", False):
@@ -226,6 +227,7 @@ def train(
         result = _resume(Path(checkpoint), optimizer, work)
     start = len(result.losses)
     for step in tqdm(range(start, len(batches)), desc=progress, unit="step", initial=start, total=len(batches), disable=not progress):
+        go_on()
         loss = next_token_loss(model, batches[step])
         result.losses.append(loss.item())
         result.tokens += batches[step].numel()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Worker', 'worker_of', 'commands_of', 'follow', 'replay']
 
-# %% ../nbs/08b_worker.ipynb #3707f3e2
+# %% ../nbs/08b_worker.ipynb #dac6f5e5
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from tqdm import tqdm
 
+from .allocator import share_freed_memory
 from .data import TokenPool
 from .genome import Genome
 from .history import History
@@ -24,7 +25,7 @@ from .search import Search, fingerprints
 from .selection import Evaluation
 from .unit_latency import require_latency
 
-# %% ../nbs/08b_worker.ipynb #6d1b8ce9
+# %% ../nbs/08b_worker.ipynb #7bb349ed
 _WORKERS: WeakValueDictionary[Path, "Worker"] = WeakValueDictionary()
 _REGISTERING = threading.Lock()
 
@@ -61,6 +62,7 @@ class Worker:
         "Begin, or go on after a stop, an error or the end. Raises `RunBusy` when somebody else drives the run."
         if self.alive:
             raise RunBusy(f"{self.search.run_dir} is being driven by this worker already")
+        share_freed_memory()
         began, refused = threading.Event(), []
         self._thread = threading.Thread(target=self._work, args=(began, refused), name=f"search {self.search.run_dir.name}", daemon=True)
         self._thread.start()

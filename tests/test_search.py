@@ -108,6 +108,57 @@ def test_real_evaluations_resume_to_the_same_numbers(small, real, tmp_path, shar
     assert events(copy) == events(run_dir)
 
 
+@pytest.mark.parametrize("restart", ["restart", "continue"])
+def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, restart):
+    "One candidate at a time or three with a core each, interrupted and resumed in the middle of a stage, with a command in between: the same events."
+    command, threads = {"command": "set", "setting": "offspring", "value": 5, "when": "now"}, torch.get_num_threads()
+
+    def steered(run_dir, at_once, cut_at=None):
+        def begun():
+            return search_in(run_dir, small, short_config(restart=restart, at_once=at_once))
+
+        search = begun()
+        for i in range(7):
+            if i == 3:
+                search.send(command)
+            if i == cut_at:
+                search._halt()
+                search = begun()
+            search.step()
+        return search.run(progress=False)
+
+    try:
+        torch.set_num_threads(1)
+        winner = steered(tmp_path / "alone", 1)
+        for name, at_once, cut_at in (("three", 3, None), ("resumed", 3, 6), ("four", 4, None)):
+            assert steered(tmp_path / name, at_once, cut_at) == winner
+            assert events(tmp_path / name) == events(tmp_path / "alone")
+    finally:
+        torch.set_num_threads(threads)
+    assert "abandoned" in {row["event"] for row in events(tmp_path / "alone")}
+    with pytest.raises(ValueError, match="at_once"):
+        search_in(tmp_path / "three", small, short_config(restart=restart))
+
+
+def test_an_error_beside_others_stops_the_search_as_one_alone(small, tmp_path, monkeypatch):
+    "When an evaluation fails, those beside it are ended, the log keeps what was finished, and the search goes on from there."
+    config, real, calls = short_config(at_once=2), search_module.Evaluator._evaluated, []
+
+    def failing(self, which, n):
+        calls.append(which)
+        if len(calls) == 4:
+            raise RuntimeError("no memory left")
+        return real(self, which, n)
+
+    monkeypatch.setattr(search_module.Evaluator, "_evaluated", failing)
+    search = search_in(tmp_path / "run", small, config)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        search.run(progress=False)
+    assert search.status == "failed" and sum(row["event"] == "evaluation" for row in events(tmp_path / "run")) == 3
+    winner = search.run(progress=False)
+    assert winner == search_in(tmp_path / "plain", small, config).run(progress=False) and events(tmp_path / "run") == events(tmp_path / "plain")
+
+
 CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

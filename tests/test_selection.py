@@ -1,5 +1,6 @@
 """Fitness is the divergence it claims to be, and survival in stages is fair."""
 import math
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from evoprune_nb.data import TokenPool, derive_seed, load_pools
 from evoprune_nb.genome import Genome
 from evoprune_nb.models import decoder_layers, load_model, model_fingerprint
 from evoprune_nb.pruning import build_database
-from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, Stage, check_stages, cross_entropy, kl_divergence, select
+from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, SideBySide, Stage, check_stages, cross_entropy, kl_divergence, select
 from evoprune_nb.training import Training, TrainingResult, train
 
 STAGES = (Stage(2, 0, 32), Stage(1, 64, 48))
@@ -164,6 +165,93 @@ def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypa
     assert trained[7:] == [32, 32, 64]  # the parent joins last and catches up
     evaluate(genomes[0], 1, 0)
     assert {generation for generation, _ in evaluate._kept} == {1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("restart, stages", [("restart", (Stage(3, 0, 48), Stage(3, 96, 48))), ("continue", CONTINUED)])
+def test_side_by_side_changes_no_bit(tmp_path, dtype, restart, stages):
+    "However many are evaluated at once, with a core each: the same fitness, losses and tokens, with tuning and without, whether survivors keep their weights or not. With more cores each, the same from any place in a stage."
+    model, pools = small_model("llama-gqa").to(dtype), small_pools()
+    database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    family = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(5)]
+    threads = torch.get_num_threads()
+
+    def evaluator(at_once: int, n_cores: int) -> Evaluator:
+        evaluate = Evaluator(model, database, pools, stages, Training(lr=1e-2, batch_size=2), restart=restart, at_once=at_once)
+        evaluate.reference = family[0]
+        torch.set_num_threads(n_cores)
+        return evaluate
+
+    def results(at_once: int, n_cores: int) -> list:
+        evaluate = evaluator(at_once, n_cores)
+        happened = list(select(family[-1], family[:4], stages, evaluate, 2, evaluate.announce))
+        assert torch.get_num_threads() == n_cores
+        return [(e.genome, e.stage, e.fitness, e.tuning_loss, e.tuning_tokens, e.scoring_tokens) if isinstance(e, Evaluation) else e for e in happened]
+
+    try:
+        assert results(1, 1) == results(2, 1) == results(3, 1) == results(8, 1)
+        whole = results(3, 6)
+        for begin in range(4):
+            evaluate = evaluator(3, 6)
+            evaluate.announce(family[:4], 2, 0)
+            assert [evaluate(genome, 2, 0).fitness for genome in family[begin:4]] == [row[2] for row in whole[begin:4]]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_side_by_side_shares_the_cores_in_order():
+    "Full rows share the cores, what is left over shares them anew, a single one has them all; that depends on the place alone, wherever one begins. Results come in order; at most one more than there are threads has begun."
+    cores, begun, threads = {}, [], torch.get_num_threads()
+
+    def work(item, n):
+        begun.append(item)
+        cores[item] = (n, torch.get_num_threads())
+        time.sleep(0.01 * (9 - item))
+        return item
+
+    try:
+        torch.set_num_threads(6)
+        for at_once, first, expected in ((3, 0, {**dict.fromkeys(range(6), (3, 2)), 6: (2, 3), 7: (2, 3)}), (3, 4, {4: (3, 2), 5: (3, 2), 6: (2, 3), 7: (2, 3)}), (3, 7, {7: (2, 3)}), (1, 0, dict.fromkeys(range(8), (1, 6))), (7, 0, {**dict.fromkeys(range(7), (7, 1)), 7: (1, 6)}), (20, 0, dict.fromkeys(range(8), (8, 1)))):
+            cores.clear()
+            side = SideBySide(work, at_once)
+            side.announce(range(8))
+            for item in range(first, 8):
+                begun.clear()
+                assert side.result(item) == item and torch.get_num_threads() == 6 and len(begun) <= at_once + 1
+            assert cores == expected
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="at_once must be a whole number from 1; got 0"):
+        SideBySide(work, 0)
+
+
+def test_work_side_by_side_ends_when_it_is_not_wanted():
+    "An error in one, an announcement or a halt ends the others at their next step; what is asked for again begins anew."
+    begun, finished = [], []
+
+    def work(item, n):
+        begun.append(item)
+        if item == "bad":
+            raise RuntimeError("out of memory")
+        for _ in range(500 if item == "long" else 1):
+            side.go_on()
+            time.sleep(0.01)
+        finished.append(item)
+        return item
+
+    side = SideBySide(work, 2)
+    for end in (side.halt, lambda: side.announce(["other"])):
+        side.announce(["short", "long", "x", "y"])
+        assert side.result("short") == "short"
+        end()
+        assert "long" in begun and "long" not in finished
+        begun.clear()
+    side.announce(["bad", "long"])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        side.result("bad")
+    assert "long" not in finished and side.result("unannounced") == "unannounced"
+    side.announce(["short", "short2"])
+    assert [side.result(item) for item in ("short", "short2")] == ["short", "short2"]
 
 
 def test_continue_refuses_schedules_that_shrink(small):
