@@ -38,7 +38,7 @@ test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 lab: .venv/.installed  ## open JupyterLab on the tour
-	$(BIN)/jupyter lab nbs/index.ipynb
+	MALLOC_ARENA_MAX=1 $(BIN)/jupyter lab nbs/index.ipynb
 
 clean:  ## remove .venv, runs and build files (reports and caches stay)
 	rm -rf .venv runs build dist *.egg-info

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# %% ../nbs/01c_allocator.ipynb #ce415f16
+# %% ../nbs/01c_allocator.ipynb #af2082e8
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # malloc.h
 _open, _counting = 0, threading.Lock()  # how many contexts are open, in all threads
 
 
 def share_freed_memory() -> None:
-    "Let threads that begin from now on allocate where the main thread does, so that `keep_freed_memory` holds for them too; nothing happens where the C library is not glibc."
+    "Let threads that begin from now on allocate where the main thread does, so that `keep_freed_memory` holds for them too, if there were few before; nothing happens where the C library is not glibc."
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 

@@ -6,9 +6,10 @@
 __all__ = ['ParameterError', 'notebook_parameters', 'check_parameters', 'file_hash', 'Report', 'text_table', 'write_html',
            'run_experiment', 'to_notebook']
 
-# %% ../nbs/14_experiments.ipynb #e33d200b
+# %% ../nbs/14_experiments.ipynb #f57c2fb2
 import hashlib
 import json
+import os
 import pprint
 import re
 import shutil
@@ -164,7 +165,7 @@ def write_html(
     Path(target).write_text(page, encoding="utf-8")
     return Path(target)
 
-# %% ../nbs/14_experiments.ipynb #6f2ffa9c
+# %% ../nbs/14_experiments.ipynb #99762d94
 def run_experiment(
     notebook: str | Path,  # an experiment notebook
     parameters: dict[str, object] | None = None,  # values other than the defaults
@@ -189,6 +190,7 @@ def run_experiment(
     executed = directory / "notebook.ipynb"
     # The notebook is executed beside its final place, so that a failed or interrupted run leaves the last report whole.
     running = directory / "running.ipynb"
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # for the kernel, whose threads then share freed memory (see `allocator`)
     streams = {} if quiet else {"stderr_file": sys.stderr, "stdout_file": sys.stdout}
     execute_notebook(str(notebook), str(running), checked, kernel_name="python3", progress_bar=False, **streams)
     node = nbformat.read(running, as_version=4)

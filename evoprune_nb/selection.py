@@ -114,7 +114,7 @@ def check_text(
         if stage.tuning_tokens:
             pools["tuning"].require(stage.tuning_tokens)
 
-# %% ../nbs/07_selection.ipynb #baaae318
+# %% ../nbs/07_selection.ipynb #82b295a1
 class SideBySide:
     "Does announced pieces of work some at a time, each in a thread with its share of the cores."
 
@@ -189,11 +189,13 @@ class SideBySide:
     def halt(self) -> None:
         "End what is under way, at its next step; all of it begins anew when it is asked for."
         self._halted.set()
-        for future in self._running.values():
-            future.cancel()
-        self._running = {}
-        self._close()
-        self._halted.clear()
+        try:
+            for future in self._running.values():
+                future.cancel()
+            self._running = {}
+            self._close()
+        finally:
+            self._halted.clear()
 
 # %% ../nbs/07_selection.ipynb #4563ea42
 @dataclass(frozen=True)
