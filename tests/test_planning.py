@@ -68,6 +68,15 @@ print(json.dumps({"disk": database.n_bytes, "building": building, "searching": p
 """
 
 
+def test_candidates_side_by_side_take_memory_each():
+    "Three at once: two more candidates in training than one at a time, and nothing else."
+    one, two, three = (plan("tiny", SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ),), training=Training(batch_size=2), at_once=n), seq_len=SEQ).phases[1] for n in (1, 2, 3))
+    assert three.memory_bytes - two.memory_bytes == two.memory_bytes - one.memory_bytes > 10 * one.tokens
+    assert (one.flops, one.tokens) == (three.flops, three.tokens)
+    with pytest.raises(ValueError, match="at_once"):
+        SearchConfig(at_once=0)
+
+
 @pytest.mark.parametrize("restart, stages", [
     ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 0, 16 * SEQ))), ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 4 * SEQ, SEQ))), ("continue", (Stage(3, 2 * SEQ, SEQ), Stage(2, 2 * SEQ, SEQ), Stage(1, 4 * SEQ, SEQ)))])
 def test_memory_of_schedules(tiny, corpus, tokenizer, database, restart, stages):

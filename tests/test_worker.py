@@ -1,6 +1,7 @@
 """A search in a thread: it takes commands between evaluations, ends when told, fails without taking the process along, and is alone."""
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -287,3 +288,35 @@ def test_interrupting_a_paused_run(small, tmp_path):
         search.run(progress=False)
     assert search.status == "stopped" and read_state(tmp_path / "run")["status"] == "stopped"
     assert Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).run(progress=False) and json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "finished"
+
+
+THREADS = """
+import resource, sys, threading
+import torch
+from evoprune_nb.allocator import keep_freed_memory, share_freed_memory
+
+def work():
+    for faults in (counts, again):
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for _ in range(5):
+            [torch.ones(elements) for elements in (9_000_000, 30_000_000)]  # of 36 MB, and of more than a thread's region holds
+        faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+counts, again = [], []
+torch.set_num_threads(1)
+if sys.argv[1] == "shared":
+    share_freed_memory()
+with keep_freed_memory():
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+print(max(again))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such regions")
+def test_threads_keep_freed_memory():
+    "What a thread frees stays for its next tensor, where threads share one region; without, it is delivered anew."
+    shared, apart = (int(subprocess.run([sys.executable, "-c", THREADS, way], check=True, capture_output=True, text=True).stdout) for way in ("shared", "apart"))
+    assert shared < 100 and apart > 10_000
