@@ -29,7 +29,7 @@ SEARCH = dict(
     seq_len="64", calibration_tokens="1024", generations="2", offspring="3", survivors="[1, 1]", tuning_tokens="[0, 128]", scoring_tokens="[128, 256]",
     post_tokens="1024", heldout_tokens="1024")
 BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{}" is a new directory
-    "demo": SEARCH | dict(run_dir="{}/runs/demo"),
+    "demo": SEARCH | dict(run_dir="{}/runs/demo", generations="8"),  # long enough to be interrupted
     "seeds": SEARCH | dict(run_dir="{}/runs/seeds", seeds="[3, 4]", generations="1"),
     "benchmarks": dict(
         model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
@@ -68,7 +68,7 @@ def test_demo_compares_equals(demo, corpus, tokenizer):
     measured = [found["dense"], *(row[when] for row in models.values() for when in ("before", "after"))]
     assert all(math.isfinite(value) and value > 0 for row in measured for value in row.values())
     assert all(row["perplexity"] == pytest.approx(math.exp(row["nats"])) and row["n_tokens"] == 1024 - 16 for row in measured)
-    assert found["search_tokens"] == history.tokens == {"tuning": 2 * 2 * 128, "scoring": 2 * (3 * 128 + 2 * 256)}
+    assert found["search_tokens"] == history.tokens == {"tuning": 8 * 2 * 128, "scoring": 8 * (3 * 128 + 2 * 256)}
     pool = load_pools(corpus, tokenizer, 64, {"heldout": 1024})["heldout"]
     assert evaluate(load_model("tiny")[0], pool, tokenizer).nats == pytest.approx(found["dense"]["nats"], rel=1e-6)
 
@@ -78,7 +78,7 @@ def test_demo_says_where_it_comes_from(demo, corpus):
     row = results(demo / "reports" / "demo")
     assert {"git_revision", "python", "packages", "machine", "device", "torch_threads"} <= set(row["provenance"]) and row["provenance"]["packages"]["torch"]
     assert set(notebook_parameters(DEMO)) - {"run_dir", "report_dir"} <= set(row["parameters"])
-    assert (row["parameters"]["generations"], row["parameters"]["text"], row["parameters"]["survivors"], row["parameters"]["seed"]) == (2, str(corpus), [1, 1], 0)
+    assert (row["parameters"]["generations"], row["parameters"]["text"], row["parameters"]["survivors"], row["parameters"]["seed"]) == (8, str(corpus), [1, 1], 0)
     assert set(row["results"]["data_fingerprints"]) == {"calibration", "tuning", "scoring", "heldout"} and row["results"]["text_sha256"] == file_hash(corpus)
     assert re.fullmatch(r"[0-9a-f]{16}", row["results"]["model_fingerprint"]) and row["wall_seconds"] > 0 and row["results"]["post_tokens"] == 1024
     assert "uniform" in row["summary"] and "evolved" in row["summary"]
