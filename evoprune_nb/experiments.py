@@ -15,6 +15,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -166,6 +168,18 @@ def write_html(
     return Path(target)
 
 # %% ../nbs/14_experiments.ipynb #99762d94
+@contextmanager
+def _one_region() -> Iterator[None]:
+    "Kernels started meanwhile allocate in one region, so that their threads share freed memory (see `allocator`). This process's environment is as it was afterwards."
+    given = "MALLOC_ARENA_MAX" in os.environ
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["MALLOC_ARENA_MAX"]
+
+
 def run_experiment(
     notebook: str | Path,  # an experiment notebook
     parameters: dict[str, object] | None = None,  # values other than the defaults
@@ -190,9 +204,9 @@ def run_experiment(
     executed = directory / "notebook.ipynb"
     # The notebook is executed beside its final place, so that a failed or interrupted run leaves the last report whole.
     running = directory / "running.ipynb"
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # for the kernel, whose threads then share freed memory (see `allocator`)
     streams = {} if quiet else {"stderr_file": sys.stderr, "stdout_file": sys.stdout}
-    execute_notebook(str(notebook), str(running), checked, kernel_name="python3", progress_bar=False, **streams)
+    with _one_region():
+        execute_notebook(str(notebook), str(running), checked, kernel_name="python3", progress_bar=False, **streams)
     node = nbformat.read(running, as_version=4)
     _without_progress(node)
     nbformat.write(node, executed)
