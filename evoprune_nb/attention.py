@@ -88,6 +88,7 @@ def causal_attention(
         return _CausalAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
 # %% ../nbs/00_attention.ipynb #14c11453
+_LONGEST_AMX = 512  # positions of a training step in bfloat16; at 768 torch's kernel takes less time there
 _LONGEST = 1024  # positions; there SmolLM2's probabilities take less than half the memory of the rest of a layer's activations, and twice the length would take twice as much per token
 IN_BLOCKS = "causal_in_blocks"  # the name of this attention in transformers
 
@@ -95,9 +96,12 @@ IN_BLOCKS = "causal_in_blocks"  # the name of this attention in transformers
 def faster_in_blocks(
     dtype: torch.dtype,  # of queries, keys and values
     length: int,  # positions
+    training: bool = True,  # whether a backward pass follows
 ) -> bool:
-    "Whether this machine's CPU is left to products in blocks."
-    multiplies = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
+    "Whether this machine's CPU does causal attention in blocks faster."
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return training and 1 < length <= _LONGEST_AMX
+    multiplies = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
     return multiplies and 1 < length <= _LONGEST
 
 
@@ -117,7 +121,8 @@ def _suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attentio
     "Whether this is plain causal attention on the CPU that products in blocks do faster."
     plain = attention_mask is None and not dropout and options.get("is_causal") in (None, True) and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     same = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
-    return plain and same and query.device.type == "cpu" and faster_in_blocks(query.dtype, query.shape[2])
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return plain and same and query.device.type == "cpu" and faster_in_blocks(query.dtype, query.shape[2], training)
 
 
 def _attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):

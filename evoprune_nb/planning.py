@@ -24,8 +24,9 @@ from .genome import Genome, Space, level_grid, make_space
 from .latency import time_each
 from .models import EMBEDDED_MODELS, Unit, prunable_units, resolve_device, resolve_dtype
 from .pruning import plan_calibration
+from .selection import CHUNK, SHARED_CHUNKS
 from .steering import Rules, SearchConfig, forward_tokens, generation_tokens
-from .training import POST_TRAINING, Training
+from .training import POST_TRAINING, Training, cached_rows
 
 # %% ../nbs/08c_planning.ipynb #c099ca8d
 def meta_model(
@@ -126,7 +127,7 @@ def head_bytes(
     chunk: int = 1024,  # positions whose logits exist at a time
 ) -> int:
     "Bytes that exist at a time in the loss over a batch, the head's gradient included (see `training.next_token_loss`)."
-    rows = min(positions, chunk, max(8, 2**20 // vocabulary))
+    rows = min(positions, chunk, cached_rows(torch.empty(0, vocabulary)))  # as on a CPU
     gradient = vocabulary * hidden * (itemsize if positions <= chunk else 4 + itemsize)
     return min(positions, chunk) * vocabulary * itemsize + 2 * 4 * rows * vocabulary + gradient + 2 * positions * hidden * itemsize
 
@@ -237,12 +238,13 @@ def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, s
     untuned = max((stage.scoring_tokens for stage in stages if not stage.tuning_tokens), default=0)
     n_layers = 1 + max(unit.layer for unit in space.units)
     levels = (weights - space.fixed_params) * sizes.itemsize  # pages of the database that were read
-    scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, 256)
+    scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, CHUNK)
     batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
     at_work = config.at_once * max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tokens["tuning"] else 0)
     waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.restart == "continue" else 0
     kept = max(stage.scoring_tokens for stage in stages) * position + waiting * weights * optimizer_bytes(sizes.itemsize, config.training)
-    memory = space.dense_params * sizes.itemsize + levels + kept + at_work
+    shared = min(max(stage.scoring_tokens for stage in stages), SHARED_CHUNKS * CHUNK) * sizes.vocabulary * sizes.itemsize if config.at_once > 1 and config.fitness == "kl" else 0
+    memory = space.dense_params * sizes.itemsize + levels + kept + shared + at_work
     flops *= config.generations
     return Phase("search", memory, 0, config.generations * (sum(tokens.values()) + targets), flops, flops / device.rate if device else None)
 

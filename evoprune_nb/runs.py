@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import threading
@@ -42,6 +43,15 @@ def _git_revision() -> str | None:
         return None
 
 
+def _processor() -> str:
+    "What the processor calls itself, and the widest instructions that torch uses on it."
+    try:
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    except (OSError, TypeError):  # not Linux, or a processor that gives no name there
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' * torch.cpu._is_amx_tile_supported()}"
+
+
 def provenance(device: torch.device | str = "cpu") -> dict:
     "Revision, versions and machine, as JSON."
     device = resolve_device(device)
@@ -50,6 +60,7 @@ def provenance(device: torch.device | str = "cpu") -> dict:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch_threads": torch.get_num_threads(),
     }

@@ -75,6 +75,20 @@ def test_memory_kept():
     assert not faster_in_blocks(torch.float32, 1025) and not faster_in_blocks(torch.float16, 512)
 
 
+@pytest.mark.parametrize("avx512_bf16, amx, training, length, expected", [
+    (True, False, True, 1024, True), (True, False, False, 1024, True), (False, False, True, 512, False),
+    (True, True, True, 512, True), (True, True, True, 513, False), (True, True, False, 512, False)])
+def test_processors(monkeypatch, avx512_bf16, amx, training, length, expected):
+    "bfloat16 goes in blocks where the processor multiplies it; where it multiplies tiles, in training steps alone. float32 does everywhere."
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert faster_in_blocks(torch.bfloat16, length, training) == expected and faster_in_blocks(torch.float32, length, training)
+    model, _ = load_model("tiny", dtype="bfloat16")
+    with patch.object(attention, "causal_attention", wraps=causal_attention) as ours, torch.set_grad_enabled(training):
+        model(torch.zeros(1, length, dtype=torch.long))
+    assert bool(ours.call_count) == expected
+
+
 def calls(model, tokens, **options) -> tuple[int, torch.Tensor]:
     "How many layers' attention was done in blocks, and the logits."
     with torch.no_grad(), patch.object(attention, "causal_attention", wraps=causal_attention) as ours:
