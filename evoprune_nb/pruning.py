@@ -162,6 +162,11 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     return weight, hessian
 
 # %% ../nbs/04_pruning.ipynb #9cb0ccf5
+def _cut_out(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    "The rows and columns `kept`; for the columns, `gather` takes half the time of indexing."
+    return torch.gather(matrix[kept], 1, kept.expand(len(kept), -1))
+
+
 def _remove_channels(gram: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, n: int) -> torch.Tensor:
     "Remove the `n` cheapest of the columns that are `alive`, one after another; changes all three in place, returns their positions in order."
     g, p = gram.diagonal().clone(), inverse.diagonal().clone()
@@ -195,7 +200,7 @@ def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 32) -
             order.append(names[_remove_channels(gram, inverse, alive, n)])
             left -= n
         rest = alive.nonzero().squeeze(1)
-        names, gram, inverse = names[rest], gram[rest][:, rest], inverse[rest][:, rest]
+        names, gram, inverse = names[rest], _cut_out(gram, rest), _cut_out(inverse, rest)
     return torch.cat(order)
 
 # %% ../nbs/04_pruning.ipynb #2fe4aaa6
@@ -231,7 +236,7 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
             if group:
                 drawn.add(alive[slot] // group)
         rest = kept.nonzero().squeeze(1)
-        alive, gram, inverse = [alive[slot] for slot in slots], gram[rest][:, rest], inverse[rest][:, rest]
+        alive, gram, inverse = [alive[slot] for slot in slots], _cut_out(gram, rest), _cut_out(inverse, rest)
     return torch.tensor(order)
 
 # %% ../nbs/04_pruning.ipynb #4bb05a91

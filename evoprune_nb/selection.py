@@ -13,8 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 from torch import nn
@@ -134,7 +135,7 @@ class SideBySide:
         self._items: list[Hashable] = []  # announced
         self._group: list[Hashable] = []  # those of them that the threads there are take next
         self._running: dict[Hashable, Future] = {}  # begun, or about to be
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: list[threading.Thread] = []
         self._halted = threading.Event()
 
     def announce(
@@ -154,7 +155,8 @@ class SideBySide:
             self._open(row, width)
         while self._group and len(self._running) <= self._width:
             following = self._group.pop(0)
-            self._running[following] = self._pool.submit(self.work, following, self._width)
+            self._running[following] = Future()
+            self._queue.put((following, self._running[following]))
         try:
             return self._running[item].result()
         except BaseException:
@@ -174,17 +176,32 @@ class SideBySide:
         return (self._items[here:full], self.at_once) if here < full else (self._items[here:], n - full)
 
     def _open(self, row: list[Hashable], width: int) -> None:
-        "Threads for a row."
+        "Threads for a row; daemons, so that Python ends without waiting for them."
         self.halt()
         share_freed_memory()
         self._group, self._width, self._n_cores = row, width, torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(width, "candidate", torch.set_num_threads, (max(1, self._n_cores // width),))
+        self._queue: SimpleQueue[tuple[Hashable, Future] | None] = SimpleQueue()  # None ends a thread
+        self._threads = [threading.Thread(target=self._serve, args=(self._queue, max(1, self._n_cores // width)), name="candidate", daemon=True) for _ in range(width)]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self, queue: SimpleQueue, n_cores: int) -> None:
+        torch.set_num_threads(n_cores)
+        for item, future in iter(queue.get, None):
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self.work(item, self._width))
+                except BaseException as error:  # for whoever asks for the result
+                    future.set_exception(error)
 
     def _close(self) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True)
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._threads:
             torch.set_num_threads(self._n_cores)
-        self._group, self._pool = [], None
+        self._group, self._threads = [], []
 
     def go_on(self) -> None:
         "For the work to call between two steps: raises `CancelledError` when its result is no longer wanted."

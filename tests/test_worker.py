@@ -290,6 +290,31 @@ def test_interrupting_a_paused_run(small, tmp_path):
     assert Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).run(progress=False) and json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "finished"
 
 
+LEAVES = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from helpers import short_config, small_model, small_pools
+from evoprune_nb.pruning import LevelDatabase
+from evoprune_nb.search import Search
+from evoprune_nb.worker import Worker
+model = small_model("llama-gqa")
+search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(at_once=2))
+evaluated, search._evaluate._side_by_side.work = search._evaluate._side_by_side.work, lambda *item: time.sleep(1) or evaluated(*item)
+Worker(search).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_script_that_ends_leaves_a_run_to_go_on_with(small, tmp_path):
+    "Python ends without waiting for candidates that are evaluated side by side; the run was killed, not failed, and ends like one that was not."
+    subprocess.run([sys.executable, "-c", LEAVES, str(Path(__file__).parent), str(small[1].directory), str(tmp_path / "run")], check=True, timeout=PATIENCE)
+    state = History(tmp_path / "run").state
+    assert state["status"] == "stopped" and state["killed"]
+    for name in ("run", "plain"):
+        Search(tmp_path / name, *small, small_pools(), short_config(at_once=2)).run(progress=False)
+    assert events(tmp_path / "run") == events(tmp_path / "plain")
+
+
 THREADS = """
 import resource, sys, threading
 import torch
