@@ -11,7 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/00_attention.ipynb #3d6bf2ec
-_ROWS = 128  # queries per block: large enough for the product's rate, small enough that a block's logits stay in the cache
+def _block_size(dtype: torch.dtype) -> int:
+    "Queries per block: enough for the product's rate, few enough that a block's logits stay in the cache. Products of tiles (AMX) are faster, and want more."
+    return 256 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 128
 
 
 def _rows(x: torch.Tensor, n_kv: int, start: int, stop: int) -> torch.Tensor:
@@ -42,17 +44,18 @@ class _CausalAttention(torch.autograd.Function):
         n_kv = key.shape[1]
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         keys, kept = key.float(), []
-        future = torch.full((_ROWS, _ROWS), float("-inf"), device=query.device).triu_(1)
+        size = _block_size(query.dtype)
+        future = torch.full((size, size), float("-inf"), device=query.device).triu_(1)
         out = query.new_empty(batch, length, n_heads, value.shape[-1])
-        for start in range(0, length, _ROWS):
-            stop = min(start + _ROWS, length)
+        for start in range(0, length, size):
+            stop = min(start + size, length)
             p = _probabilities(_rows(query, n_kv, start, stop).float() * scale, keys, future, start, stop).to(query.dtype)
             block = torch.bmm(p, value[:, :stop])
             out[:, start:stop] = block.view(batch, n_heads, stop - start, -1).transpose(1, 2)
             if any(ctx.needs_input_grad):
                 kept.append(p)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.size = scale, size
         return out
 
     @staticmethod
@@ -63,8 +66,8 @@ class _CausalAttention(torch.autograd.Function):
         n_kv, grad = len(key) // batch, grad.transpose(1, 2)
         d_query = query.new_empty(batch, length, n_heads, size).transpose(1, 2)
         d_key, d_value = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
-        for start, p in zip(range(0, length, _ROWS), kept):
-            stop = min(start + _ROWS, length)
+        for start, p in zip(range(0, length, ctx.size), kept):
+            stop = min(start + ctx.size, length)
             d_out = _rows(grad, n_kv, start, stop)
             d_value[:, :stop] += torch.bmm(p.transpose(1, 2), d_out)
             d_p = torch.bmm(d_out, value[:, :stop].transpose(1, 2))
@@ -83,7 +86,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """Softmax attention of each position to itself and those before it: (batch, positions, heads, size).
 
-    For training it keeps a little more than half of positions² probabilities per head (`kept_probabilities`), in the dtype of the inputs."""
+    For training it keeps a good half of positions² probabilities per head (`kept_probabilities`), in the dtype of the inputs."""
     with torch.autocast("cpu", enabled=False):  # which would round the logits
         return _CausalAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -107,9 +110,11 @@ def faster_in_blocks(
 
 def kept_probabilities(
     length: int,  # positions
+    dtype: torch.dtype,  # of queries, keys and values
 ) -> float:
-    "Probabilities that a head keeps for the backward pass, per position."
-    return sum((min(start + _ROWS, length) - start) * min(start + _ROWS, length) for start in range(0, length, _ROWS)) / length
+    "Probabilities that a head keeps for the backward pass on this machine's CPU, per position."
+    size = _block_size(dtype)
+    return sum((min(start + size, length) - start) * min(start + size, length) for start in range(0, length, size)) / length
 
 
 def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -76,7 +76,7 @@ def _materialize_unit(candidate: nn.Module, model: nn.Module, unit: Unit, kept: 
             _put(getattr(sublayer, part), weight, source.bias)
         else:
             rows = rows.to(source.weight.device)
-            _put(getattr(sublayer, part), source.weight.detach()[rows], None if source.bias is None else source.bias.detach()[rows])
+            _put(getattr(sublayer, part), source.weight.detach().index_select(0, rows), None if source.bias is None else source.bias.detach()[rows])
 
 
 def _own(candidate: nn.Module, model: nn.Module) -> None:

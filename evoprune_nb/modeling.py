@@ -7,6 +7,7 @@ __all__ = ['IndexedCache', 'indexed_attention', 'partial_layer', 'OwnConfig', 'r
            'shrink_mlp', 'drop_sublayer', 'renumber_cache', 'fit_layers']
 
 # %% ../nbs/04a_modeling.ipynb #747166a2
+import copy
 from functools import cache
 
 import torch
@@ -78,8 +79,13 @@ class OwnConfig:
 
 def resized(linear: nn.Linear, n_in: int | None = None, n_out: int | None = None) -> nn.Linear:
     "An uninitialised linear layer of another size, with the dtype, device and bias of the given one."
-    return nn.utils.skip_init(
-        nn.Linear, n_in or linear.in_features, n_out or linear.out_features, bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
+    layer = copy.copy(linear)
+    layer._parameters = dict(linear._parameters)
+    layer.in_features, layer.out_features = n_in or linear.in_features, n_out or linear.out_features
+    layer.weight = nn.Parameter(linear.weight.new_empty(layer.out_features, layer.in_features))
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.new_empty(layer.out_features))
+    return layer
 
 
 def head_map(attention: nn.Module) -> list[int]:

@@ -26,7 +26,7 @@ from .models import EMBEDDED_MODELS, Unit, prunable_units, resolve_device, resol
 from .pruning import plan_calibration
 from .selection import CHUNK, SHARED_CHUNKS
 from .steering import Rules, SearchConfig, forward_tokens, generation_tokens
-from .training import POST_TRAINING, Training, cached_rows
+from .training import PART, POST_TRAINING, Training, cached_rows, works_by_element
 
 # %% ../nbs/08c_planning.ipynb #c099ca8d
 def meta_model(
@@ -116,7 +116,7 @@ def softmax_bytes(
     dtype: torch.dtype,  # of the model
 ) -> float:
     "Bytes that attention keeps of a head's softmax per token on this machine's CPU; on another device, no less than there."
-    return kept_probabilities(seq_len) * dtype.itemsize if faster_in_blocks(dtype, seq_len) else 4
+    return kept_probabilities(seq_len, dtype) * dtype.itemsize if faster_in_blocks(dtype, seq_len) else 4
 
 # %% ../nbs/08c_planning.ipynb #7ed05276
 def head_bytes(
@@ -154,7 +154,8 @@ def _training_bytes(sizes: _Sizes, space: Space, genome: Genome, batch_tokens: i
     activations = round(batch_tokens * sum(activation_bytes(unit, *counts, sizes.hidden, sizes.itemsize, sizes.head_norms, sizes.per_head) for unit, *counts in zip(space.units, kept, kv)))
     weights = space.n_params(genome)
     in_pass = activations + head_bytes(sizes.vocabulary, sizes.hidden, sizes.itemsize, batch_tokens)
-    in_step = weights * sizes.itemsize + (4 * min(weights, max(2**22, sizes.vocabulary * sizes.hidden)) if sizes.itemsize < 4 else 0)  # all gradients, some of them in float32 too
+    largest = 0 if works_by_element(settings.optimizer) else sizes.vocabulary * sizes.hidden
+    in_step = weights * sizes.itemsize + (4 * min(weights, max(PART, largest)) if sizes.itemsize < 4 else 0)  # all gradients, some of them in float32 too
     return weights * optimizer_bytes(sizes.itemsize, settings) + max(in_pass, in_step)
 
 # %% ../nbs/08c_planning.ipynb #e8ee2223

@@ -42,13 +42,27 @@ def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _step(hessian: torch.Tensor) -> int:
+    "Rows per block of a symmetric matrix: narrower blocks cost more than they save."
+    return -(-len(hessian) // max(1, len(hessian) // 512))
+
+
 def _add_outer(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
     "Add XᵀX of inputs (…, in) to a matrix, in blocks on and above the diagonal."
-    x, step = inputs.detach().flatten(0, -2), -(-len(hessian) // max(1, len(hessian) // 512))  # narrower blocks cost more than they save
+    x, step = inputs.detach().flatten(0, -2), _step(hessian)
     wide = x.float()
     with _matmul_precision(x.dtype):
         for i in range(0, len(hessian), step):
             hessian[i : i + step, i:].addmm_(wide[:, i : i + step].T, wide[:, i:])
+
+
+def _mirror(hessian: torch.Tensor) -> None:
+    "Copy what is above the diagonal below it."
+    step = _step(hessian)
+    for i in range(0, len(hessian), step):
+        rows = hessian[i : i + step]
+        hessian[i + step :, i : i + step] = rows[:, i + step :].T
+        rows[:, i : i + step].copy_(rows[:, i : i + step].triu() + rows[:, i : i + step].triu(1).T)
 
 
 @contextmanager
@@ -116,7 +130,7 @@ def collect_hessians(
         for batch in tqdm(blocks.split(batch_size), desc=f"calibrating layers {min(unit.layer for unit in units)}–{span.stop - 1}", unit="batch", disable=not progress):
             decoder(input_ids=batch.to(model.device), use_cache=False)
     for hessian in hessians:
-        hessian.copy_(hessian.triu() + hessian.triu(1).T).mul_(2 / blocks.numel())
+        _mirror(hessian.mul_(2 / blocks.numel()))
     return hessians
 
 # %% ../nbs/04_pruning.ipynb #6c10cf99
@@ -151,7 +165,7 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     "Float64 copies of W and H, with dead inputs and damping taken care of."
     wide = torch.float64 if hessian.device.type != "mps" else torch.float32  # Apple GPUs have no float64
     weight, hessian = weight.detach().to(wide, copy=True), hessian.to(wide, copy=True)
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(hessian.sum()):  # in float64, a sum of float32 numbers is finite when all of them are
         raise ValueError("the Hessian has non-finite entries: the dense model overflows on the calibration text; try dtype float32 or bfloat16")
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -163,7 +177,7 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
 
 # %% ../nbs/04_pruning.ipynb #9cb0ccf5
 def _cut_out(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    "The rows and columns `kept`; for the columns, `gather` takes half the time of indexing."
+    "The rows and columns `kept`, in that order; for the columns, `gather` takes half the time of indexing."
     return torch.gather(matrix[kept], 1, kept.expand(len(kept), -1))
 
 
@@ -282,7 +296,7 @@ def prune_unit(
     else:
         order = _block_order(wide.T @ wide, inverse, size, group if heads == "query" else 0)
     columns = _columns(order.to(h.device).flip(0), size)  # the last to go first: every level keeps a leading block
-    factor = _cholesky(h[columns][:, columns])
+    factor = _cholesky(_cut_out(h, columns))
     y = torch.linalg.solve_triangular(factor, (wide @ h)[:, columns].T, upper=False)
     energy = y.square().sum(1).cumsum(0)
     weights, errors = [], []

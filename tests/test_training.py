@@ -79,22 +79,38 @@ def test_bfloat16_masters_are_float32_weights():
             assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, mine.bfloat16()) and parameter.grad is None
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stepping_part_by_part_is_stepping_at_once(dtype):
-    "However many parts, the weights and the optimizer's memory are the same to the last bit."
+def test_stepping_part_by_part_is_stepping_at_once(dtype, optimizer):
+    "However many parts, and however large matrices are taken in portions, the weights and the optimizer's memory are the same to the last bit."
     results, batches = [], random_blocks(12, 16).split(4)
-    for part in (1, 3000, 10**9):
+    for part in (64, 3000, 10**9):
         model = small_model("llama-gqa").to(dtype)
-        optimizer = MasterOptimizer(model, Training(lr=1e-2), part)
+        stepper = MasterOptimizer(model, Training(lr=1e-2, optimizer=optimizer), part)
         for batch in batches:
             next_token_loss(model, batch).backward()
-            optimizer.step(1e-2)
-        results.append((len(optimizer.parts), list(model.parameters()), optimizer.state))
+            stepper.step(1e-2)
+        remembered = [(key, x.flatten()) for row in stepper.state.values() for key, x in row.items() if isinstance(x, torch.Tensor) and key != "step"]
+        memory = {key: torch.cat([x for name, x in remembered if name == key]) for key, _ in remembered}
+        results.append((stepper, list(model.parameters()), memory))
     n = len(results[0][1])
-    assert results[0][0] == n > results[1][0] > results[2][0] == 1
-    for _, parameters, state in results[1:]:
+    assert len(results[0][0].parts) > len(results[1][0].parts) > len(results[2][0].parts) == 1
+    assert len(results[2][0].portions) == n and (len(results[0][0].portions) > n) == (optimizer != "Adafactor")
+    for _, parameters, memory in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][1]))
-        assert list(state) == list(range(n)) and all(torch.equal(state[i][key], results[0][2][i][key]) for i in state for key in state[i])
+        assert memory.keys() == results[0][2].keys() and all(torch.equal(memory[key], results[0][2][key]) for key in memory)
+
+
+def test_no_more_than_a_part_has_float32_gradients(monkeypatch):
+    "In bfloat16, not even of a matrix that is larger than a part."
+    model, sizes = small_model("llama-gqa").bfloat16(), []
+    optimizer = MasterOptimizer(model, Training(), part=1000)
+    assert max(parameter.numel() for parameter in model.parameters()) > 1000
+    for part, inner in zip(optimizer.parts, optimizer.optimizers):
+        monkeypatch.setattr(inner, "step", lambda step=inner.step: (sizes.append(sum(p.grad.numel() for p in optimizer.portions if p.grad is not None)), step()))
+    next_token_loss(model, random_blocks(4, 16)).backward()
+    optimizer.step(1e-3)
+    assert len(sizes) == len(optimizer.parts) and max(sizes) <= 1000 and sum(sizes) == sum(p.numel() for p in model.parameters())
 
 
 def test_training_costs_weights_gradients_masters_and_moments():
