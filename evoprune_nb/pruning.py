@@ -42,14 +42,14 @@ def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _step(hessian: torch.Tensor) -> int:
+def _rows_per_block(hessian: torch.Tensor) -> int:
     "Rows per block of a symmetric matrix: narrower blocks cost more than they save."
     return -(-len(hessian) // max(1, len(hessian) // 512))
 
 
 def _add_outer(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
     "Add XᵀX of inputs (…, in) to a matrix, in blocks on and above the diagonal."
-    x, step = inputs.detach().flatten(0, -2), _step(hessian)
+    x, step = inputs.detach().flatten(0, -2), _rows_per_block(hessian)
     wide = x.float()
     with _matmul_precision(x.dtype):
         for i in range(0, len(hessian), step):
@@ -58,7 +58,7 @@ def _add_outer(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
 
 def _mirror(hessian: torch.Tensor) -> None:
     "Copy what is above the diagonal below it."
-    step = _step(hessian)
+    step = _rows_per_block(hessian)
     for i in range(0, len(hessian), step):
         rows = hessian[i : i + step]
         hessian[i + step :, i : i + step] = rows[:, i + step :].T
