@@ -197,7 +197,7 @@ class MasterOptimizer:
         rows = self._rows()
         for s, optimizer in zip(self.parts, self.optimizers):
             masters, weights = self.portions[s], []
-            for master, (gradient, rounded) in zip(masters, rows):
+            for master, (gradient, rounded) in zip(masters, rows):  # in this order, so that no row is taken beyond the last master
                 master.grad = gradient.float().mul_(scale)
                 weights.append(rounded)
             for group in optimizer.param_groups:

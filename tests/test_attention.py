@@ -61,6 +61,24 @@ def test_future_is_not_seen():
     assert torch.equal(before[:, :150], after[:, :150]) and not torch.equal(before[:, 150:], after[:, 150:])
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_block_sizes(monkeypatch, amx):
+    "In bfloat16, processors with AMX take larger blocks: output and gradients are as near to the truth, and the probabilities kept are those planned for."
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    torch.manual_seed(0)
+    exact = [torch.randn(1, 2, 300, 16, dtype=torch.float64).bfloat16().double().requires_grad_() for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        out = causal_attention(*rounded)
+    assert sum(kept) == 3 * 2 * 300 * 16 + 2 * 300 * kept_probabilities(300, torch.bfloat16)
+    assert kept_probabilities(300, torch.bfloat16) == ((256 * 256 + 44 * 300) if amx else (128 * 128 + 128 * 256 + 44 * 300)) / 300
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True).transpose(1, 2)
+    ours, theirs = torch.autograd.grad(out.float().square().sum(), rounded), torch.autograd.grad(expected.square().sum(), exact)
+    for a, b in zip([out, *ours], [expected, *theirs]):
+        assert ((a.double() - b).norm() / b.norm()).item() < 1e-2
+
+
 def test_memory_kept():
     "For the backward pass, inputs and as many probabilities as are planned for; without gradients nothing."
     tensors = [torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3)]

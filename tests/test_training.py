@@ -7,6 +7,7 @@ import transformers
 from helpers import FAMILIES, VOCABULARY, peak_of_tensors, random_blocks, small_model
 from torch import nn
 
+from evoprune_nb import training
 from evoprune_nb.data import TokenPool
 from evoprune_nb.training import MasterOptimizer, Training, final_hidden, head_is_linear, next_token_loss, post_train, train
 
@@ -106,7 +107,7 @@ def test_no_more_than_a_part_has_float32_gradients(monkeypatch):
     model, sizes = small_model("llama-gqa").bfloat16(), []
     optimizer = MasterOptimizer(model, Training(), part=1000)
     assert max(parameter.numel() for parameter in model.parameters()) > 1000
-    for part, inner in zip(optimizer.parts, optimizer.optimizers):
+    for inner in optimizer.optimizers:
         monkeypatch.setattr(inner, "step", lambda step=inner.step: (sizes.append(sum(p.grad.numel() for p in optimizer.portions if p.grad is not None)), step()))
     next_token_loss(model, random_blocks(4, 16)).backward()
     optimizer.step(1e-3)
@@ -163,6 +164,17 @@ def test_resumed_training_is_bit_identical(tmp_path, monkeypatch, optimizer, dty
     assert len(steps) == 7 + 4, "only the steps after the last checkpoint, at 6 of 10, are done again"
     assert result == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_a_checkpoint_of_other_portions_is_refused(tmp_path, monkeypatch):
+    "The optimizer's memory is stored by portion; read for others it would be wrong. The file stays as it is."
+    blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
+    train(small_model("llama-gqa"), blocks, checkpoint=path)
+    before = path.read_bytes()
+    monkeypatch.setattr(training, "PART", 1000)
+    with pytest.raises(ValueError, match="checkpoint of another training"):
+        train(small_model("llama-gqa"), blocks, checkpoint=path)
+    assert path.read_bytes() == before
 
 
 def test_finished_training_is_not_repeated(tmp_path):
