@@ -174,8 +174,8 @@ def removal_flops(
 ) -> float:
     """Operations of pruning one layer to all levels, as few as the method allows.
 
-    Inverse and Gram matrix kept up on one half (N³), two Cholesky factors and an inverse (4/3 N³), Gram matrix, WH and the first triangular solve (5MN²), a triangular solve per level."""
-    return n_columns**3 * (1 + 4 / 3) + 5 * n_rows * n_columns**2 + sum(n_rows * (n_columns - gone) ** 2 for gone in removed[1:] if gone < n_columns)
+    Inverse and Gram matrix kept up on one half (N³), two Cholesky factors and an inverse (4/3 N³), one half of the Gram matrix (MN²), Y = LᵀWᵀ (MN²), a triangular solve per level."""
+    return n_columns**3 * (1 + 4 / 3) + 2 * n_rows * n_columns**2 + sum(n_rows * (n_columns - gone) ** 2 for gone in removed[1:] if gone < n_columns)
 
 # %% ../nbs/08c_planning.ipynb #0642344a
 @dataclass(frozen=True)

@@ -42,27 +42,24 @@ def _matmul_precision(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _rows_per_block(hessian: torch.Tensor) -> int:
-    "Rows per block of a symmetric matrix: narrower blocks cost more than they save."
-    return -(-len(hessian) // max(1, len(hessian) // 512))
+_ROWS = 256  # per block of a symmetric matrix: narrower blocks cost more than they save
 
 
 def _add_outer(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
     "Add XᵀX of inputs (…, in) to a matrix, in blocks on and above the diagonal."
-    x, step = inputs.detach().flatten(0, -2), _rows_per_block(hessian)
+    x = inputs.detach().flatten(0, -2)
     wide = x.float()
     with _matmul_precision(x.dtype):
-        for i in range(0, len(hessian), step):
-            hessian[i : i + step, i:].addmm_(wide[:, i : i + step].T, wide[:, i:])
+        for i in range(0, len(hessian), _ROWS):
+            hessian[i : i + _ROWS, i:].addmm_(wide[:, i : i + _ROWS].T, wide[:, i:])
 
 
 def _mirror(hessian: torch.Tensor) -> None:
     "Copy what is above the diagonal below it."
-    step = _rows_per_block(hessian)
-    for i in range(0, len(hessian), step):
-        rows = hessian[i : i + step]
-        hessian[i + step :, i : i + step] = rows[:, i + step :].T
-        rows[:, i : i + step].copy_(rows[:, i : i + step].triu() + rows[:, i : i + step].triu(1).T)
+    for i in range(0, len(hessian), _ROWS):
+        rows = hessian[i : i + _ROWS]
+        hessian[i + _ROWS :, i : i + _ROWS] = rows[:, i + _ROWS :].T
+        rows[:, i : i + _ROWS].copy_(rows[:, i : i + _ROWS].triu() + rows[:, i : i + _ROWS].triu(1).T)
 
 
 @contextmanager
@@ -297,7 +294,7 @@ def prune_unit(
         order = _block_order(wide.T @ wide, inverse, size, group if heads == "query" else 0)
     columns = _columns(order.to(h.device).flip(0), size)  # the last to go first: every level keeps a leading block
     factor = _cholesky(_cut_out(h, columns))
-    y = torch.linalg.solve_triangular(factor, (wide @ h)[:, columns].T, upper=False)
+    y = factor.T @ wide[:, columns].T
     energy = y.square().sum(1).cumsum(0)
     weights, errors = [], []
     for level, gone in enumerate(removed):

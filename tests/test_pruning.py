@@ -184,8 +184,10 @@ def test_database_holds_what_prune_unit_computes(model, built):
         assert all(torch.equal(database.weight(index, level), pruned.weights[level]) for level in range(1, len(removed) - 1))
 
 
-def test_hessian_is_that_of_the_layer_inputs(model):
-    "H = 2XXᵀ/n over all calibration tokens, whatever the batch size."
+@pytest.mark.parametrize("rows", [256, 32], ids=["one block", "blocks that do not divide the width"])
+def test_hessian_is_that_of_the_layer_inputs(model, monkeypatch, rows):
+    "H = 2XXᵀ/n over all calibration tokens, whatever the batch size, in however many blocks of rows."
+    monkeypatch.setattr(pruning, "_ROWS", rows)
     unit = pruning.prunable_units(model)[-1]
     seen = []
     handle = model.get_submodule(unit.output).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).double()))
@@ -196,6 +198,7 @@ def test_hessian_is_that_of_the_layer_inputs(model):
     for batch_size in (3, 16):
         (hessian,) = pruning.collect_hessians(model, [unit], random_blocks(), batch_size, progress=False)
         torch.testing.assert_close(hessian.double(), 2 * x @ x.T / x.shape[1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(hessian, hessian.T)
 
 
 def test_levels_are_nested(database):
