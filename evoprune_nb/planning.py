@@ -26,7 +26,7 @@ from .models import EMBEDDED_MODELS, Unit, prunable_units, resolve_device, resol
 from .pruning import plan_calibration
 from .selection import CHUNK, SHARED_CHUNKS
 from .steering import Rules, SearchConfig, forward_tokens, generation_tokens
-from .training import PART, POST_TRAINING, Training, cached_rows, works_by_element
+from .training import POST_TRAINING, Training, cached_rows, part_size, works_by_element
 
 # %% ../nbs/08c_planning.ipynb #c099ca8d
 def meta_model(
@@ -54,6 +54,7 @@ class Device:
     memory_bytes: int  # of the memory that models and Hessians lie in
     rate: float  # floating-point operations per second of matrix products in the model's dtype
     rate_updates: float  # the same in the dtype of the second-order updates
+    type: str = "cpu"  # as torch calls it; attention, loss and optimizer hold more or less at a time on a CPU (this one's way) than elsewhere
 
 
 def matmul_rate(
@@ -74,7 +75,7 @@ def this_device(
     device = resolve_device(device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
     wide = torch.float32 if device.type == "mps" else torch.float64
-    return Device(str(device), memory, matmul_rate(resolve_dtype(dtype), device), matmul_rate(wide, device, 1024))
+    return Device(str(device), memory, matmul_rate(resolve_dtype(dtype), device), matmul_rate(wide, device, 1024), device.type)
 
 # %% ../nbs/08c_planning.ipynb #d0669f44
 _MOMENTS = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "SGD": 0, "Adagrad": 1, "RMSprop": 1}
@@ -114,9 +115,10 @@ def activation_bytes(
 def softmax_bytes(
     seq_len: int,  # tokens per block
     dtype: torch.dtype,  # of the model
+    device: str = "cpu",  # type of the device; a CPU is this machine's
 ) -> float:
-    "Bytes that attention keeps of a head's softmax per token on this machine's CPU; on another device, no less than there."
-    return kept_probabilities(seq_len, dtype) * dtype.itemsize if faster_in_blocks(dtype, seq_len) else 4
+    "Bytes that attention keeps of a head's softmax per token: probabilities where it goes in blocks, else one number."
+    return kept_probabilities(seq_len, dtype) * dtype.itemsize if device == "cpu" and faster_in_blocks(dtype, seq_len) else 4
 
 # %% ../nbs/08c_planning.ipynb #7ed05276
 def head_bytes(
@@ -125,9 +127,12 @@ def head_bytes(
     itemsize: int,  # bytes of a number in the model's dtype
     positions: int,  # predicted tokens of a step
     chunk: int = 1024,  # positions whose logits exist at a time
+    device: str = "cpu",  # type of the device
 ) -> int:
     "Bytes that exist at a time in the loss over a batch, the head's gradient included (see `training.next_token_loss`)."
-    rows = min(positions, chunk, cached_rows(torch.empty(0, vocabulary)))  # as on a CPU
+    rows = min(positions, chunk)
+    if device == "cpu":
+        rows = min(rows, cached_rows(torch.empty(0, vocabulary)))
     gradient = vocabulary * hidden * (itemsize if positions <= chunk else 4 + itemsize)
     return min(positions, chunk) * vocabulary * itemsize + 2 * 4 * rows * vocabulary + gradient + 2 * positions * hidden * itemsize
 
@@ -140,11 +145,12 @@ class _Sizes:
     itemsize: int  # bytes of a weight
     head_norms: bool  # whether queries and keys are normalised
     per_head: float  # bytes that attention keeps of each head's softmax
+    device: str  # type of the device
 
     @classmethod
-    def of(cls, model: nn.Module, seq_len: int) -> "_Sizes":
+    def of(cls, model: nn.Module, seq_len: int, device: str) -> "_Sizes":
         norms = any(name.endswith("q_norm") for name, _ in model.named_modules())
-        return cls(model.get_output_embeddings().weight.shape[0], model.get_input_embeddings().weight.shape[1], model.dtype.itemsize, norms, softmax_bytes(seq_len, model.dtype))
+        return cls(model.get_output_embeddings().weight.shape[0], model.get_input_embeddings().weight.shape[1], model.dtype.itemsize, norms, softmax_bytes(seq_len, model.dtype, device), device)
 
 
 def _training_bytes(sizes: _Sizes, space: Space, genome: Genome, batch_tokens: int, settings: Training, uneven: bool) -> int:
@@ -153,9 +159,9 @@ def _training_bytes(sizes: _Sizes, space: Space, genome: Genome, batch_tokens: i
     kv = [heads if uneven else space.kv_kept[index][level] for index, (level, heads) in enumerate(zip(genome.levels, kept))]
     activations = round(batch_tokens * sum(activation_bytes(unit, *counts, sizes.hidden, sizes.itemsize, sizes.head_norms, sizes.per_head) for unit, *counts in zip(space.units, kept, kv)))
     weights = space.n_params(genome)
-    in_pass = activations + head_bytes(sizes.vocabulary, sizes.hidden, sizes.itemsize, batch_tokens)
+    in_pass = activations + head_bytes(sizes.vocabulary, sizes.hidden, sizes.itemsize, batch_tokens, device=sizes.device)
     largest = 0 if works_by_element(settings.optimizer) else sizes.vocabulary * sizes.hidden
-    in_step = weights * sizes.itemsize + (4 * min(weights, max(PART, largest)) if sizes.itemsize < 4 else 0)  # all gradients, some of them in float32 too
+    in_step = weights * sizes.itemsize + (4 * min(weights, max(part_size(sizes.device), largest)) if sizes.itemsize < 4 else 0)  # all gradients, some of them in float32 too
     return weights * optimizer_bytes(sizes.itemsize, settings) + max(in_pass, in_step)
 
 # %% ../nbs/08c_planning.ipynb #e8ee2223
@@ -239,7 +245,7 @@ def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, s
     untuned = max((stage.scoring_tokens for stage in stages if not stage.tuning_tokens), default=0)
     n_layers = 1 + max(unit.layer for unit in space.units)
     levels = (weights - space.fixed_params) * sizes.itemsize  # pages of the database that were read
-    scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, CHUNK)
+    scoring = n_layers * untuned * position + head_bytes(sizes.vocabulary, sizes.hidden, 2 * sizes.itemsize, CHUNK, device=sizes.device)
     batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
     at_work = config.at_once * max(scoring, _training_bytes(sizes, space, genome, batch, config.training, uneven) if tokens["tuning"] else 0)
     waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.restart == "continue" else 0
@@ -271,11 +277,11 @@ def plan(
     batch_size: int = 8,  # blocks per forward pass of calibration
     memory_bytes: int | None = None,  # as for `build_database`
     post_training: Training = POST_TRAINING,  # settings of post-training
-    device: Device | None = None,  # for times, and to say what does not fit
+    device: Device | None = None,  # for times, and to say what does not fit; None: memory as on this machine's CPU
 ) -> Plan:
     "What database, search and post-training of a model will take. Raises `ValueError` where the jobs themselves would: sizes out of reach, grids that do not fit."
     dense = meta_model(model, dtype)
-    units, sizes = prunable_units(dense), _Sizes.of(dense, seq_len)
+    units, sizes = prunable_units(dense), _Sizes.of(dense, seq_len, device.type if device else "cpu")
     space = make_space(dense, units, level_grid(units, heads, n_levels, grid), context_tokens=seq_len)
     _, genome = plan_budget(space, config.sparsity, config.params, config.tolerance, config.limits, config.caps)
     uneven = heads == "free" and any(unit.kind == "attn" and unit.n_kv_heads < unit.n_structures for unit in units)

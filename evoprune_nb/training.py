@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PART', 'POST_TRAINING', 'Training', 'final_hidden', 'head_is_linear', 'cached_rows', 'softmax_sums',
-           'next_token_loss', 'works_by_element', 'MasterOptimizer', 'TrainingResult', 'train', 'post_train']
+           'next_token_loss', 'part_size', 'works_by_element', 'MasterOptimizer', 'TrainingResult', 'train',
+           'post_train']
 
 # %% ../nbs/06_training.ipynb #524faae0
 import hashlib
@@ -134,7 +135,14 @@ def next_token_loss(
     return total / blocks[:, 1:].numel() if reduction == "mean" else total
 
 # %% ../nbs/06_training.ipynb #80f87856
-PART = 2**21  # numbers that have a gradient in float32 at a time on a CPU; elsewhere 16 times as many, for which fewer kernels are started
+PART = 2**21  # numbers whose gradients in float32 stay in a CPU's cache
+
+
+def part_size(
+    device: str,  # its type, as torch calls it
+) -> int:
+    "Numbers that have a gradient in float32 at a time: on other devices than CPUs more, for which fewer kernels are started."
+    return PART if device == "cpu" else 16 * PART
 
 
 def works_by_element(
@@ -173,7 +181,7 @@ class MasterOptimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().float() for p in self.parameters]  # of a float32 model, the parameters themselves
         kind, by_element, device = getattr(torch.optim, settings.optimizer), works_by_element(settings.optimizer), self.parameters[0].device.type
-        part = part or (PART if device == "cpu" else 16 * PART)
+        part = part or part_size(device)
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         if by_element:
             options["fused"] = device in ("cpu", "cuda")

@@ -10,11 +10,12 @@ import torch
 import transformers
 from helpers import peak_of_tensors
 
+from evoprune_nb import training
 from evoprune_nb.budgets import plan_budget
 from evoprune_nb.data import load_pools
 from evoprune_nb.models import load_model
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.planning import Device, meta_model, plan
+from evoprune_nb.planning import Device, head_bytes, meta_model, plan, softmax_bytes
 from evoprune_nb.pruning import LevelDatabase, build_database
 from evoprune_nb.search import SearchConfig
 from evoprune_nb.selection import PUBLISHED_STAGES, Evaluator, Stage, select
@@ -45,6 +46,24 @@ def test_bytes_of_tiny(corpus, tmp_path, dtype):
     assert planned.phases[0].disk_bytes == pytest.approx(database.n_bytes, rel=0.2)
     assert planned.phases[0].memory_bytes == pytest.approx(building, rel=0.2)
     assert planned.phases[1].memory_bytes == pytest.approx(searching, rel=0.2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bytes_of_the_head(monkeypatch, device):
+    "The loss holds a cache full of logits in float32 at a time on a CPU; elsewhere all rows of a chunk, done that way here."
+    if device != "cpu":
+        monkeypatch.setattr(training, "cached_rows", len)
+    hidden, weight = (torch.randn(rows, 32, dtype=torch.bfloat16, requires_grad=True) for rows in (512, 32768))
+    measured = peak_of_tensors(lambda: training._HeadLoss.apply(hidden, weight, torch.zeros(512, dtype=torch.long), 1024))
+    assert head_bytes(32768, 32, 2, 512, device=device) == pytest.approx(measured, rel=0.1)
+
+
+def test_plan_for_another_device():
+    "What attention keeps, the loss holds and the optimizer copies at a time follows the type of the device."
+    here, there = (plan("tiny", CONFIG, post_tokens=10_000, dtype="float32", seq_len=SEQ, device=Device("d", 10**12, 1e9, 1e9, device)) for device in ("cpu", "cuda"))
+    assert here.phases[0].memory_bytes == there.phases[0].memory_bytes and all(a.memory_bytes != b.memory_bytes for a, b in zip(here.phases[1:], there.phases[1:]))
+    assert softmax_bytes(SEQ, torch.float32, "cuda") == 4 < softmax_bytes(SEQ, torch.float32)
+    assert training.part_size("cpu") < training.part_size("cuda")
 
 
 MEASURE = """
