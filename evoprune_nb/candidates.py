@@ -110,7 +110,7 @@ def materialize(
             drop_sublayer(layers[unit.layer], unit.kind, layer_norms(layers[unit.layer]))
         else:
             weight = database.weight(index, level)  # memory-mapped: training it in place would show in every later read
-            _materialize_unit(candidate, model, unit, database.kept(index, level), weight.clone() if trainable else weight)
+            _materialize_unit(candidate, model, unit, database.kept(index, level), weight.to(model.device, copy=trainable))
     renumber_cache(layers, getattr(model.config, "layer_types", None))
     if trainable:
         _own(candidate, model)

@@ -164,6 +164,15 @@ class TokenPool:
         order = torch.cat([torch.randperm(len(self.blocks), generator=generator) for _ in range(-(-self._count(n_tokens) // len(self.blocks)))])
         return self.blocks[order[: self._count(n_tokens)]].long()
 
+    def cut(
+        self,
+        seq_len: int,  # tokens per block, at most those there are
+    ) -> "TokenPool":
+        "The beginning of every block."
+        if not 2 <= seq_len <= self.seq_len:
+            raise ValueError(f"blocks of {self.seq_len} {self.split} tokens can be cut to 2 or more, not to {seq_len}")
+        return TokenPool(self.split, self.blocks[:, :seq_len])
+
     def fingerprint(self) -> str:
         "16 hex digits over the blocks."
         return hashlib.sha256(f"{self.split} {tuple(self.blocks.shape)}".encode() + self.blocks.numpy().tobytes()).hexdigest()[:16]

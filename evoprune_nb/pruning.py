@@ -391,7 +391,7 @@ class CalibrationPlan:
     "How calibration goes through the units."
     groups: tuple[tuple[Unit, ...], ...]  # units whose Hessians are held together, by layer
     offload: bool  # whether hidden states are stored between groups
-    n_bytes: int  # largest size of Hessians and stored hidden states together
+    n_bytes: int  # largest size of Hessians, and of stored hidden states with them where they share a limit
 
 
 def _hessian_bytes(units: Sequence[Unit]) -> int:
@@ -413,6 +413,7 @@ def plan_calibration(
     units: Sequence[Unit],  # to be calibrated
     states_bytes: int,  # size of the hidden states of all calibration tokens
     memory_bytes: int | None = None,  # limit for Hessians and stored hidden states; None: no limit
+    offload_bytes: int | None = None,  # limit for stored hidden states alone; None: they share that of the Hessians
 ) -> CalibrationPlan:
     "The fewest passes within the limit. Raises `ValueError` when not even one Hessian fits."
     ordered = sorted(units, key=lambda unit: (unit.layer, unit.kind))
@@ -420,9 +421,10 @@ def plan_calibration(
     everything = _hessian_bytes(units)
     if memory_bytes is None or everything <= memory_bytes:
         return CalibrationPlan((tuple(ordered),), False, everything)
-    if states_bytes + max(map(_hessian_bytes, layers)) <= memory_bytes:
-        groups = _packed(layers, memory_bytes - states_bytes)
-        return CalibrationPlan(tuple(groups), True, states_bytes + max(map(_hessian_bytes, groups)))
+    beside = states_bytes if offload_bytes is None else 0  # in the memory of the Hessians
+    if beside + max(map(_hessian_bytes, layers)) <= memory_bytes and (offload_bytes is None or states_bytes <= offload_bytes):
+        groups = _packed(layers, memory_bytes - beside)
+        return CalibrationPlan(tuple(groups), True, beside + max(map(_hessian_bytes, groups)))
     groups = _packed([[unit] for unit in ordered], memory_bytes)
     if (needed := max(map(_hessian_bytes, groups))) > memory_bytes:
         raise ValueError(f"memory_bytes={memory_bytes:,} is too little: the largest Hessian of this model takes {needed:,} bytes")
@@ -471,7 +473,8 @@ def build_database(
     grid: dict[str, Sequence[int]] | None = None,  # "attn"/"mlp" → structures removed per level, instead of equal steps
     damping: float = 0.01,  # share of the mean of diag(H) that is added to it
     batch_size: int = 8,  # blocks per forward pass
-    memory_bytes: int | None = None,  # limit on the Hessians and stored hidden states held at a time; None: all units in one pass
+    memory_bytes: int | None = None,  # limit on the Hessians and stored hidden states held at a time (the work on one layer comes on top, see `planning.plan`); None: all units in one pass
+    offload_bytes: int | None = None,  # limit on the stored hidden states alone, which lie in the main memory; None: they share `memory_bytes`
     progress: bool = True,  # show bars
 ) -> LevelDatabase:
     "Build the level database, or continue a build that was interrupted. Raises `ValueError` before any work for a grid or directory that cannot be used."
@@ -483,13 +486,14 @@ def build_database(
     manifest = _start_manifest(directory / "manifest.json", settings)
     levels = dict(zip((unit.name for unit in units), removed))
     missing = [unit for unit in units if not _is_whole(directory, manifest["built"].get(unit.name))]
-    plan = plan_calibration(missing, blocks.numel() * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize, memory_bytes)
+    plan = plan_calibration(missing, blocks.numel() * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize, memory_bytes, offload_bytes)
     _check_disk(directory, sum(_stored_bytes(model, unit, levels[unit.name]) for unit in missing))
     with keep_freed_memory(), tqdm(total=len(units), initial=len(units) - len(missing), desc="pruning units", unit="unit", disable=not progress or not missing) as bar:
         for unit, hessian in _calibrated(model, blocks, batch_size, plan, progress) if missing else ():
             pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, levels[unit.name], unit.structure_size, unit.n_kv_heads, heads, damping)
             manifest["built"][unit.name] = _store_unit(directory, unit, pruned, levels[unit.name])
             _write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1))
+            del hessian, pruned  # before the next group is collected
             bar.update()
     return LevelDatabase(directory, model)
 

@@ -110,12 +110,12 @@ def forward_tokens(tuning: int, scoring: int) -> int:
 
 def generation_tokens(
     rules: Rules,  # stages, offspring
-    seq_len: int = 1,  # tokens per block: budgets are rounded down to whole blocks
+    seq_len: int = 1,  # tokens per block, see `Stage.drawn`
     extra: int = 0,  # injected genomes that join
 ) -> dict[str, int]:
     "Tokens that the candidates of one generation take, by purpose, when none is disqualified."
-    tuned = [stage.tuning_tokens // seq_len * seq_len for stage in rules.stages]
-    scored = [stage.scoring_tokens // seq_len * seq_len for stage in rules.stages]
+    drawn = [stage.drawn(seq_len) for stage in rules.stages]
+    tuned, scored = [stage.tuning_tokens for stage in drawn], [stage.scoring_tokens for stage in drawn]
     counts = (rules.candidates[0] + extra, *rules.candidates[1:])
     seen = [0, *tuned] if rules.restart == "continue" else [0] * len(tuned)
     tuning = sum(n * (now - before) for n, now, before in zip(counts, tuned, seen))

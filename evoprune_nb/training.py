@@ -72,7 +72,7 @@ def head_is_linear(model: nn.Module) -> bool:
     with torch.no_grad():
         probe = torch.arange(4).view(1, 4)
         logits = model(input_ids=probe.to(model.device), use_cache=False).logits
-        return torch.allclose(logits.float(), model.get_output_embeddings()(final_hidden(model, probe)).float())
+        return torch.allclose(logits.float(), model.get_output_embeddings()(final_hidden(model, probe)).float(), equal_nan=True)  # NaN in both: the loss will say so
 
 # %% ../nbs/06_training.ipynb #a3e41bcb
 def cached_rows(
@@ -249,9 +249,11 @@ def train(
     n_steps: int | None = None,  # of the whole schedule; None: those of this call
     go_on: Callable[[], None] = lambda: None,  # called before each step; what it raises ends the training
 ) -> TrainingResult:
-    "Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights."
+    "Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights. Raises `ValueError` for a model whose logits are not those of a linear head."
     if getattr(model, "shares_weights", False):
         raise ValueError("this candidate shares weights with the dense model, for scoring only; materialize it with trainable=True to train it")
+    if optimizer is None and not head_is_linear(model):
+        raise ValueError(f"{type(model).__name__} scales or caps its logits after the head; such models cannot be trained here yet")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     result, optimizer = TrainingResult(), optimizer or MasterOptimizer(model, settings)

@@ -121,6 +121,15 @@ def test_repeats_must_be_allowed_by_name():
         pool_of(10).draw(3, 0)
 
 
+def test_cut_takes_the_beginning_of_every_block():
+    "Shorter blocks are drawn in the same order; longer ones, and such that predict nothing, are refused."
+    pool = TokenPool("scoring", torch.arange(40, dtype=torch.int32).view(10, 4))
+    assert torch.equal(pool.cut(2).draw(10, 3), pool.draw(20, 3)[:, :2])
+    for n in (1, 5):
+        with pytest.raises(ValueError, match=f"not to {n}"):
+            pool.cut(n)
+
+
 def test_fingerprint_names_the_blocks():
     "Other blocks, or the same in another split, have another fingerprint."
     pools = [pool_of(10), pool_of(11), TokenPool("scoring", pool_of(10).blocks), TokenPool("tuning", pool_of(10).blocks.flip(0))]

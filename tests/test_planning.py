@@ -121,6 +121,23 @@ def test_bytes_of_smollm2(corpus, tmp_path):
     assert search.memory_bytes == pytest.approx(measured["searching"], rel=0.2)
 
 
+def test_memory_of_scoring_long_blocks(tiny, corpus, tokenizer, database):
+    "Eight long blocks at a time: the forward pass of scoring counts, tuned or not."
+    pools = load_pools(corpus, tokenizer, 1024, {"calibration": 1024, "tuning": 1024, "scoring": 8192})
+    for tuning in (0, 1024):
+        config = SearchConfig(generations=1, offspring=2, stages=(Stage(1, tuning, 8192),), training=Training(batch_size=1))
+        measured = sum(parameter.nbytes for parameter in tiny.parameters()) + peak_of_tensors(lambda: one_generation(tiny, database, pools, config))
+        assert plan("tiny", config, seq_len=1024, dtype="float32").phases[1].memory_bytes == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("stage, post_tokens, named", [(Stage(1, 255, SEQ), 0, "255 tuning"), (Stage(1, 0, 1), 0, "scoring"), (Stage(1, 0, SEQ), 255, "255 tuning")])
+def test_what_no_text_could_fill_is_refused(stage, post_tokens, named):
+    "A plan of a job that would be refused is refused too; a little scoring is a shorter block."
+    with pytest.raises(ValueError, match=named):
+        plan("tiny", SearchConfig(stages=(stage,)), seq_len=SEQ, post_tokens=post_tokens)
+    assert plan("tiny", SearchConfig(generations=1, offspring=1, stages=(Stage(1, 0, 100),)), seq_len=SEQ).phases[1].tokens == 300  # the offspring, its parent and the dense model
+
+
 def test_planned_tokens_are_those_of_a_search(corpus, tokenizer, tiny, database):
     "Tokens of one generation, counted off real evaluations, for both ways to restart; the dense model's own scoring pass is one more per stage."
     stages = (Stage(2, 128, 128), Stage(1, 256, 64))

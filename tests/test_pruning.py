@@ -1,5 +1,6 @@
 """The level database is exact, and survives interruption."""
 import json
+import weakref
 
 import pytest
 import torch
@@ -269,6 +270,21 @@ def test_grouped_hessians_give_the_same_database(model, built, tmp_path, monkeyp
     assert contents(tmp_path / "database") == contents(built)
 
 
+def test_a_group_is_let_go_before_the_next(model, tmp_path, monkeypatch):
+    "When the next Hessians are collected, those of the group before are no longer in memory."
+    collect, held, left = pruning.collect_hessians, [], []
+
+    def watched(*args):
+        left.append(sum(hessian() is not None for hessian in held))
+        hessians = collect(*args)
+        held.extend(map(weakref.ref, hessians))
+        return hessians
+
+    monkeypatch.setattr(pruning, "collect_hessians", watched)
+    build_database(model, random_blocks(), tmp_path / "database", memory_bytes=LARGEST, progress=False)
+    assert left == [0] * 6
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "mistral"])
 def test_layers_calibrated_from_stored_states_run_once(family, tmp_path, monkeypatch):
     "With hidden states stored between groups of layers, every layer runs once per batch, and the database is the same to the last byte."
@@ -293,6 +309,9 @@ def test_plan_of_calibration():
     assert stored.offload and [len(group) for group in stored.groups] == [4, 4] and stored.n_bytes == 5000
     repeated = plan_calibration(units, 10_000, 5000)
     assert not repeated.offload and [len(group) for group in repeated.groups] == [5, 3] and repeated.n_bytes == 4400
+    elsewhere = plan_calibration(units, 10_000, 5000, offload_bytes=10_000)
+    assert elsewhere.offload and [len(group) for group in elsewhere.groups] == [4, 4] and elsewhere.n_bytes == 4000
+    assert plan_calibration(units, 10_001, 5000, offload_bytes=10_000) == repeated
     with pytest.raises(ValueError, match="1,600"):
         plan_calibration(units, 0, 1599)
 
@@ -377,13 +396,30 @@ def test_full_disk_is_an_error_before_any_work(tiny, pools, tmp_path, monkeypatc
         build_database(tiny, pools["calibration"].blocks.long(), tmp_path / "database", progress=False)
 
 
+def test_a_wide_layer_is_pruned_as_exactly():
+    "Wide enough for factors and inverse by halves: every level is the least-squares solution on its channels, and its error the measured one."
+    n = 1100
+    weight, _, hessian = problem(n, 2 * n, n_rows=3)
+    removed = [0, 100, 500, n - 1]
+    pruned = prune_unit(weight, hessian, removed)
+    w, h = weight.double(), hessian.double()
+    h += 0.01 * h.diagonal().mean() * torch.eye(n)
+    for level, gone in enumerate(removed[1:], 1):
+        kept = kept_structures(pruned.order, gone)
+        full = torch.zeros_like(w)
+        full[:, kept] = torch.linalg.solve(h[kept][:, kept], (w @ h)[:, kept].T).T
+        torch.testing.assert_close(full_size(pruned, level, gone, w.shape), full, rtol=1e-5, atol=1e-6)
+        assert pruned.errors[level] == pytest.approx((((w - full) @ h * (w - full)).sum() / (w @ h * w).sum()).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 129])
 def test_inverse_by_halves(n):
-    "Whatever the size, and halves that are unequal: the inverse, as exact as torch's; an indefinite matrix is an error."
+    "Whatever the size, and halves that are unequal: inverse and factor as exact as torch's; an indefinite matrix is an error."
     torch.manual_seed(n)
     inputs = torch.randn(2 * n, n, dtype=torch.float64) * torch.logspace(0, -2, n, dtype=torch.float64)
     matrix = inputs.T @ inputs / n + 1e-4 * torch.eye(n, dtype=torch.float64)
     found = pruning._inverse(matrix, small=4)
     torch.testing.assert_close(found, torch.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pruning._cholesky(matrix, small=4), torch.linalg.cholesky(matrix), rtol=1e-9, atol=1e-9)
     with pytest.raises(torch.linalg.LinAlgError):
         pruning._inverse(matrix - 2 * matrix.diagonal().max() * torch.eye(n, dtype=torch.float64), small=4)

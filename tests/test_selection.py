@@ -8,6 +8,7 @@ from helpers import peak_of_tensors, random_blocks, short_config, small_model, s
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from evoprune_nb import selection
 from evoprune_nb.candidates import materialize
@@ -374,9 +375,27 @@ def test_stages_need_sensible_tokens(stage):
     check_stages(PUBLISHED_STAGES, 16)
 
 
+@pytest.mark.parametrize("fitness", ["kl", "perplexity"])
+def test_less_than_a_block_is_scored_on_a_shorter_one(small, fitness):
+    "A stage that asks for less than a block scores the beginning of one, tuned or not; the tokens are those that `drawn` says."
+    model, database = small
+    pools = small_pools()
+    genome = database.space.genome([1] * len(database.units))
+    for tuning in (0, 40):
+        stage = Stage(1, tuning, 10)
+        evaluation = Evaluator(model, database, pools, (stage,), fitness=fitness)(genome, 0, 0)
+        assert (evaluation.tuning_tokens, evaluation.scoring_tokens) == (stage.drawn(16).tuning_tokens, stage.drawn(16).scoring_tokens) == (tuning // 16 * 16, 10)
+    block = pools["scoring"].draw(16, derive_seed(0, 0, 0, "scoring"))[:, :10]
+    candidate = materialize(model, database, genome, trainable=False)
+    with torch.no_grad():
+        logits, dense = candidate(block).logits[0], model(block).logits[0]
+    expected = F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum").item() / 10 if fitness == "kl" else F.cross_entropy(logits[:-1], block[0, 1:]).exp().item()
+    assert Evaluator(model, database, pools, (Stage(1, 0, 10),), fitness=fitness)(genome, 0, 0).fitness == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("stage, message", [
     (Stage(1, 2048, 32), "asked for 2,048 tuning tokens, but there are 1,024"), (Stage(1, 0, 2048), "asked for 2,048 scoring tokens, but there are 1,024"),
-    (Stage(1, 15, 32), "15 tuning tokens do not fill one block of 16"), (Stage(1, 0, 15), "15 scoring tokens do not fill one block of 16")])
+    (Stage(1, 15, 32), "15 tuning tokens do not fill one block of 16"), (Stage(1, 0, 1), "not to 1")])
 def test_too_little_text_is_noticed_at_once(small, stage, message):
     "An evaluator that could not draw its tokens is not made."
     with pytest.raises(ValueError, match=message):
@@ -403,3 +422,18 @@ def test_perplexity_keeps_what_is_not_finite():
 
     assert math.isnan(perplexity(math.nan)) and math.isinf(perplexity(math.inf)) and math.isinf(perplexity(1e4))
     assert perplexity(0.0) == 1.0
+
+
+def test_a_shared_result_that_failed_is_tried_again():
+    "What could not be computed once, for want of memory say, is computed when it is asked for again."
+    answers = [RuntimeError("not enough memory"), torch.ones(1)]
+
+    def head(_):
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    shared, x = selection._Shared(head), torch.zeros(1)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        shared(x)
+    assert shared(x) is shared(x) and not answers

@@ -32,6 +32,8 @@ def test_loss_on_text(tiny, pools):
 def test_scaled_heads_are_recognised():
     "Where logits are not simply head(hidden), as with Granite's scaling, head_is_linear says so."
     assert head_is_linear(small_model("llama-tied")) and not head_is_linear(small_model("granite"))
+    with pytest.raises(ValueError, match="Granite.* scales or caps its logits"):
+        train(small_model("granite"), random_blocks())
 
 
 def test_blocks_are_seen_once_in_order():
