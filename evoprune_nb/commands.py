@@ -172,11 +172,13 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("model", help="embedded name, local directory or hub id; only its configuration is read")
     plan.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of the search, e.g. -p offspring 16 -p stages '[[8, 10000, 1000], [1, 50000, 2000]]' (survivors, tuning and scoring tokens)")
     plan.add_argument("--calibration-tokens", type=int, default=65536, help="tokens for the Hessians (default: 65536)")
-    plan.add_argument("--post-tokens", type=int, default=0, help="tokens of post-training (default: none)")
+    plan.add_argument("--post-tokens", type=int, default=0, help="tokens of post-training, as by `evoprune post-train` on one device (default: none)")
+    plan.add_argument("--post-batch", type=int, default=4, help="blocks per forward pass of post-training (default: 4)")
     plan.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: 512)")
     plan.add_argument("--dtype", default=None, help="dtype of the weights (default: the configuration's)")
     plan.add_argument("--heads", default="free", help="how heads are counted off: free, query or group (default: free)")
-    plan.add_argument("--memory-gb", type=float, default=None, help="limit on the memory for Hessians, in GB (default: none)")
+    plan.add_argument("--memory-gb", type=float, default=None, help="limit on the memory for Hessians and stored hidden states, in GB (default: none)")
+    plan.add_argument("--offload-gb", type=float, default=None, help="limit on the main memory for stored hidden states alone, in GB (default: they share that of the Hessians)")
     plan.add_argument("--device", default=None, help="measure the rate of this torch device, to estimate hours")
     plan.set_defaults(function=_plan)
 
@@ -204,6 +206,10 @@ def _search_settings(given: list[list[str]]) -> dict:
     return settings | {"training": Training(**tuning)}
 
 
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
+
+
 def _plan(options: argparse.Namespace) -> None:
     from evoprune_nb.planning import plan, this_device
     from evoprune_nb.search import SearchConfig
@@ -212,9 +218,10 @@ def _plan(options: argparse.Namespace) -> None:
     if settings.get("params"):
         settings.setdefault("sparsity", None)
     planned = plan(
-        options.model, SearchConfig(**settings), options.calibration_tokens, options.seq_len, options.post_tokens, options.dtype, options.heads,
-        memory_bytes=None if options.memory_gb is None else int(options.memory_gb * 1e9), device=this_device(options.dtype or "bfloat16", options.device) if options.device else None)
-    print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; {planned.passes} pass(es) over the calibration text\n\n{planned.table().rename_axis(None, axis='columns').to_string()}")
+        options.model, SearchConfig(**settings), options.calibration_tokens, options.seq_len, options.dtype, options.heads,
+        memory_bytes=_bytes(options.memory_gb), offload_bytes=_bytes(options.offload_gb),
+        post_training=PostTraining(options.post_tokens, options.seq_len, options.post_batch) if options.post_tokens else None, device=this_device(options.dtype or "bfloat16", options.device) if options.device else None)
+    print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; {planned.groups} group(s) of Hessians, {planned.passes} pass(es) over the calibration text\n\n{planned.table().rename_axis(None, axis='columns').to_string()}")
     for line in planned.too_large():
         print(f"too large: {line}")
 

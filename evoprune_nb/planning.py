@@ -24,10 +24,11 @@ from .data import TokenPool
 from .genome import Genome, Space, level_grid, make_space
 from .latency import time_each
 from .models import EMBEDDED_MODELS, Unit, prunable_units, resolve_device, resolve_dtype
+from .posttraining import PostTraining
 from .pruning import plan_calibration
 from .selection import CHUNK, SCORING_BATCH, SHARED_CHUNKS, Stage, check_text
 from .steering import Rules, SearchConfig, forward_tokens, generation_tokens
-from .training import POST_TRAINING, Training, cached_rows, part_size, works_by_element
+from .training import Training, cached_rows, part_size, works_by_element
 
 # %% ../nbs/08c_planning.ipynb #c099ca8d
 def meta_model(
@@ -101,10 +102,16 @@ def activation_bytes(
     itemsize: int,  # bytes of a number in the model's dtype
     head_norms: bool = False,  # whether queries and keys are normalised
     per_head: float = 4,  # bytes that attention keeps of each head's softmax
+    autocast: bool = False,  # a float32 model whose products are in bfloat16
 ) -> float:
     "Bytes that autograd keeps per token of one unit and the normalisation in front of it."
     if not kept:
         return 0
+    if autocast:
+        norm, head = 8 * hidden + 4, 2 * unit.structure_size
+        if unit.kind == "mlp":
+            return norm + 2 * 2 * hidden + 4 * 2 * kept
+        return norm + 3 * 2 * hidden + head * (3 * kept + 2 * kv_heads) + per_head * kept + (kept + kv_heads) * (4 * head + 4) * head_norms
     total = (4 + itemsize) * hidden + 4 + itemsize * hidden  # the norm's input in float32, the normalised input and its scale; what the projections read
     if unit.kind == "mlp":
         return total + 4 * itemsize * kept
@@ -223,7 +230,8 @@ class Plan:
     model: str  # which model
     dense_params: int  # parameters of the dense model
     params: int  # parameters of a candidate
-    passes: int  # passes over the calibration text
+    groups: int  # groups of units whose Hessians are held together
+    passes: int  # passes over the calibration text: one for each group, or one in all where hidden states are stored in between
     phases: tuple[Phase, ...]
     device: Device | None
 
@@ -240,8 +248,8 @@ class Plan:
         return pd.DataFrame(rows).T.rename_axis(self.model, axis="columns")
 
 # %% ../nbs/08c_planning.ipynb #f101637a
-def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_tokens: int, memory_bytes: int | None, offload_bytes: int | None, device: Device | None) -> tuple[Phase, int]:
-    "The first phase, and its number of passes over the text."
+def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_tokens: int, memory_bytes: int | None, offload_bytes: int | None, device: Device | None) -> tuple[Phase, int, int]:
+    "The first phase, and its numbers of groups and of passes over the text."
     calibration = plan_calibration(space.units, tokens * sizes.hidden * sizes.itemsize, memory_bytes, offload_bytes)
     shapes = [(model.get_submodule(unit.output).out_features, unit.n_structures * unit.structure_size) for unit in space.units]
     columns = [[gone * unit.structure_size for gone in removed] for unit, removed in zip(space.units, space.removed)]
@@ -254,7 +262,7 @@ def _database(sizes: _Sizes, model: nn.Module, space: Space, tokens: int, batch_
     removing = sum(removal_flops(*shape, gone_at) for shape, gone_at in zip(shapes, columns))
     seconds = passing / device.rate + removing / device.rate_updates if device else None
     memory = space.dense_params * sizes.itemsize + calibration.n_bytes + max(work, forward)
-    return Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds), len(calibration.groups)
+    return Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds), len(calibration.groups), passes
 
 # %% ../nbs/08c_planning.ipynb #d2a1e407
 def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, seq_len: int, uneven: bool, device: Device | None) -> Phase:
@@ -278,21 +286,35 @@ def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, s
     flops *= config.generations
     return Phase("search", memory, 0, config.generations * (sum(tokens.values()) + targets), flops, flops / device.rate if device else None)
 
-
-def _post_training(sizes: _Sizes, space: Space, genome: Genome, tokens: int, settings: Training, seq_len: int, uneven: bool, device: Device | None) -> Phase:
-    "The third phase, of the winner alone; what is written is a checkpoint of masters and moments, and the model."
-    memory = _training_bytes(sizes, space, genome, settings.batch_size * seq_len, settings, uneven)
-    flops, weights = 3 * space.cost(genome, "flops") * tokens, space.n_params(genome)
-    disk = weights * (sizes.itemsize + 4 * (1 + _MOMENTS.get(settings.optimizer, 2)))
-    return Phase("post-training", memory, disk, tokens, flops, flops / device.rate if device else None)
+# %% ../nbs/08c_planning.ipynb #1112b785
+def _post_training(sizes: _Sizes, space: Space, genome: Genome, settings: PostTraining, uneven: bool, device: Device | None) -> Phase:
+    "The third phase, of the winner alone."
+    positions, weights = settings.batch_size * settings.seq_len, space.n_params(genome)
+    per_head = softmax_bytes(settings.seq_len, torch.bfloat16 if settings.autocast else torch.float32, sizes.device)
+    units = [
+        positions * activation_bytes(unit, kept, kept if uneven else space.kv_kept[index][level], sizes.hidden, 4, sizes.head_norms, per_head, settings.autocast)
+        for index, (unit, level) in enumerate(zip(space.units, genome.levels)) for kept in [space.kept(index, level)]]
+    copies = 2 * (weights - space.fixed_params) * settings.autocast
+    rows, states = min(1024, positions), 4 * positions * sizes.hidden
+    loss = 12 * rows * sizes.vocabulary + (8 + 4 * settings.autocast) * sizes.vocabulary * sizes.hidden + 2 * states
+    if settings.distillation:
+        loss += 8 * rows * sizes.vocabulary + positions * sizes.hidden * sizes.itemsize
+    n_layers = 1 + max(unit.layer for unit in space.units)
+    if settings.checkpoint_activations:
+        in_pass = n_layers * states + max(loss, (sum(units) + copies) / n_layers)
+    else:
+        in_pass = sum(units) + copies + loss
+    in_pass += 4 * weights * (settings.accumulation > 1)  # gradients of the passes before
+    memory = 12 * weights + max(round(in_pass), 4 * weights) + (space.dense_params * sizes.itemsize if settings.distillation else 0)
+    tokens = settings.n_steps() * settings.tokens_per_step()
+    flops = tokens * ((3 + settings.checkpoint_activations) * space.cost(genome, "flops") + (space.dense_cost("flops") if settings.distillation else 0))
+    return Phase("post-training", memory, 3 * 12 * weights, tokens, flops, flops / device.rate if device else None)
 
 # %% ../nbs/08c_planning.ipynb #8e7ebfea
-def _check_budgets(stages: Sequence[Stage], post_tokens: int, seq_len: int) -> None:
+def _check_budgets(stages: Sequence[Stage], seq_len: int) -> None:
     "Raise `ValueError` when blocks of `seq_len` are too long for a budget, however much text there is."
     pools = {split: TokenPool(split, torch.empty(2**40, seq_len, device="meta")) for split in ("tuning", "scoring")}
     check_text(pools, stages)
-    if post_tokens:
-        pools["tuning"].require(post_tokens)
 
 # %% ../nbs/08c_planning.ipynb #a97b85ae
 def plan(
@@ -300,7 +322,6 @@ def plan(
     config: SearchConfig = SearchConfig(),  # of the search
     calibration_tokens: int = 65536,  # for the Hessians
     seq_len: int = 512,  # tokens per block
-    post_tokens: int = 0,  # of post-training; 0: none is planned
     dtype: str | torch.dtype | None = None,  # of the weights; None: what the configuration says
     heads: str = "free",  # as for `build_database`
     n_levels: int = 10,  # as for `build_database`
@@ -308,20 +329,20 @@ def plan(
     batch_size: int = 8,  # blocks per forward pass of calibration
     memory_bytes: int | None = None,  # as for `build_database`
     offload_bytes: int | None = None,  # as for `build_database`
-    post_training: Training = POST_TRAINING,  # settings of post-training
+    post_training: PostTraining | None = None,  # settings of the winner's post-training, on one device; None: none is planned
     device: Device | None = None,  # for times, and to say what does not fit; None: memory as on this machine's CPU
 ) -> Plan:
     "What database, search and post-training of a model will take. Raises `ValueError` where the jobs themselves would: sizes out of reach, grids that do not fit, budgets below one block."
-    _check_budgets(config.stages, post_tokens, seq_len)
+    _check_budgets(config.stages, seq_len)
     dense = meta_model(model, dtype)
     units = prunable_units(dense)
     sizes = _Sizes.of(dense, units, seq_len, device.type if device else "cpu")
     space = make_space(dense, units, level_grid(units, heads, n_levels, grid), context_tokens=seq_len)
     _, genome = plan_budget(space, config.sparsity, config.params, config.tolerance, config.limits, config.caps)
     uneven = heads == "free" and any(unit.kind == "attn" and unit.n_kv_heads < unit.n_structures for unit in units)
-    database, passes = _database(sizes, dense, space, calibration_tokens, batch_size * seq_len, memory_bytes, offload_bytes, device)
+    database, groups, passes = _database(sizes, dense, space, calibration_tokens, batch_size * seq_len, memory_bytes, offload_bytes, device)
     phases = [database, _search(sizes, space, genome, config, seq_len, uneven, device)]
-    if post_tokens:
-        phases.append(_post_training(sizes, space, genome, post_tokens, post_training, seq_len, uneven, device))
+    if post_training:
+        phases.append(_post_training(sizes, space, genome, post_training, uneven, device))
     name = model if isinstance(model, str | Path) else f"{dense.config.model_type}, {space.dense_params / 1e9:.2f}B"
-    return Plan(str(name), space.dense_params, space.n_params(genome), passes, tuple(phases), device)
+    return Plan(str(name), space.dense_params, space.n_params(genome), groups, passes, tuple(phases), device)

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +67,15 @@ class PostTraining:
         return self.n_tokens // self.tokens_per_step(n_devices)
 
 # %% ../nbs/10b_posttraining.ipynb #8b50784a
+def _ahead(items: Iterator) -> Iterator:
+    "The items; while one is in use, the next is made in a thread."
+    with ThreadPoolExecutor(1, "text") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
 class TokenStream(IterableDataset):
     "Packed, shuffled blocks of the tuning split of a text source, which can be continued after any of them."
 
@@ -98,19 +108,24 @@ class TokenStream(IterableDataset):
                     yield block, (epoch, number, len(tokens) - (len(stream) - used))
                 rest = stream[used:]
 
+    def _windows(self, first: int) -> Iterator[list[list[int]]]:
+        "Shuffled windows of blocks, from number `first` to the one in which the stream ends."
+        size, packed = self.settings.shuffle_blocks, self._packed(self._starts[first])
+        for window in range(first, -(-self.n_blocks // size)):
+            rows = [row for _, row in zip(range(size), packed)]
+            if len(rows) < min(size, self.n_blocks - window * size):
+                raise RuntimeError(f"the tuning split of {self.source} has no more text after {window * size + len(rows):,} blocks of {self.settings.seq_len}; {self.n_blocks:,} were asked for: allow more epochs than {self.settings.epochs}")
+            self._starts[window + 1] = rows[-1][1]
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(derive_seed(self.settings.seed, "window", window)))
+            yield [rows[index][0] for index in order.tolist()]
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size = self.settings.shuffle_blocks
-        window, skip = divmod(self._done, size)
-        packed, left = self._packed(self._starts[window]), self.n_blocks - self._done
-        while left > 0:
-            blocks = [row for _, row in zip(range(size), packed)]
-            if len(blocks) < min(size, left + skip):
-                raise RuntimeError(f"the tuning split of {self.source} has no more text after {window * size + len(blocks):,} blocks of {self.settings.seq_len}; {self.n_blocks:,} were asked for: allow more epochs than {self.settings.epochs}")
-            self._starts[window + 1] = blocks[-1][1]
-            order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(derive_seed(self.settings.seed, "window", window))).tolist()
-            for index in order[skip : skip + left]:
-                yield {"input_ids": torch.tensor(blocks[index][0])}
-            window, left, skip = window + 1, left - (len(blocks) - skip), 0
+        window, skip = divmod(self._done, self.settings.shuffle_blocks)
+        left = self.n_blocks - self._done
+        for blocks in _ahead(self._windows(window)):
+            for block in blocks[skip : skip + left]:
+                yield {"input_ids": torch.tensor(block)}
+            left, skip = left - (len(blocks) - skip), 0
 
     def state_after(self, n_blocks: int) -> dict:
         "What is needed to continue after the first `n_blocks` blocks, as JSON."

@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from helpers import peak_of_tensors
 
 from evoprune_nb import training
 from evoprune_nb.budgets import plan_budget
+from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
+from evoprune_nb.export import export_hf
 from evoprune_nb.models import load_model
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.planning import Device, head_bytes, meta_model, plan, softmax_bytes
+from evoprune_nb.posttraining import PostTraining, post_train_checkpoint
 from evoprune_nb.pruning import LevelDatabase, build_database
 from evoprune_nb.search import SearchConfig
 from evoprune_nb.selection import PUBLISHED_STAGES, Evaluator, Stage, select
@@ -60,10 +64,11 @@ def test_bytes_of_the_head(monkeypatch, device):
 
 def test_plan_for_another_device():
     "What attention keeps, the loss holds and the optimizer copies at a time follows the type of the device."
-    here, there = (plan("tiny", CONFIG, post_tokens=10_000, dtype="float32", seq_len=SEQ, device=Device("d", 10**12, 1e9, 1e9, device)) for device in ("cpu", "cuda"))
+    here, there = (plan("tiny", CONFIG, dtype="float32", seq_len=SEQ, post_training=PostTraining(10_000, SEQ), device=Device("d", 10**12, 1e9, 1e9, device)) for device in ("cpu", "cuda"))
     assert here.phases[0].memory_bytes == there.phases[0].memory_bytes and all(a.memory_bytes != b.memory_bytes for a, b in zip(here.phases[1:], there.phases[1:]))
     assert softmax_bytes(SEQ, torch.float32, "cuda") == 4 < softmax_bytes(SEQ, torch.float32)
-    here, there = (plan("smollm2-135m", dtype="bfloat16", seq_len=64, post_tokens=10_000, post_training=Training(batch_size=1), device=Device("d", 10**12, 1e9, 1e9, device)).phases[2].memory_bytes for device in ("cpu", "cuda"))
+    short = SearchConfig(stages=(Stage(1, 64, 64),), training=Training(batch_size=1))
+    here, there = (plan("smollm2-135m", short, dtype="bfloat16", seq_len=64, device=Device("d", 10**12, 1e9, 1e9, device)).phases[1].memory_bytes for device in ("cpu", "cuda"))
     assert there - here == 4 * (training.part_size("cuda") - training.part_size("cpu"))  # of so short a batch, the step takes more than the pass
 
 
@@ -109,16 +114,53 @@ def test_memory_of_schedules(tiny, corpus, tokenizer, database, restart, stages)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can restart the count of a process's peak memory")
-def test_bytes_of_smollm2(corpus, tmp_path):
-    "The same for a real model, measured as the resident memory of a process of its own beyond what Python and torch take."
+def test_bytes_of_smollm2(corpus, tmp_path, monkeypatch):
+    "The same for a real model; database and search measured as the resident memory of a process of its own beyond what Python and torch take."
     command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(corpus), str(tmp_path / "database")]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
     measured = json.loads(answer.stdout.splitlines()[-1])
-    database, search = plan("smollm2-135m", CONFIG, calibration_tokens=2048, seq_len=SEQ, dtype="bfloat16", batch_size=2).phases
+    settings = PostTraining(n_tokens=4 * SEQ, seq_len=SEQ, batch_size=1, epochs=9)
+    database, search, post_training = plan("smollm2-135m", CONFIG, calibration_tokens=2048, seq_len=SEQ, dtype="bfloat16", batch_size=2, post_training=settings).phases
     assert database.disk_bytes == pytest.approx(measured["disk"], rel=0.2)
     assert database.memory_bytes == pytest.approx(measured["building"], rel=0.2)
     assert search.memory_bytes == pytest.approx(measured["searching"], rel=0.2)
+    model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
+    levels = LevelDatabase(tmp_path / "database", model)
+    candidate = materialize(model, levels, plan_budget(levels.space, CONFIG.sparsity)[1])
+    memory, disk = post_trained(candidate, tokenizer, corpus, settings, tmp_path, monkeypatch)
+    assert post_training.memory_bytes == pytest.approx(memory, rel=0.2) and post_training.disk_bytes == pytest.approx(disk, rel=0.2)
+
+
+def post_trained(candidate, tokenizer, corpus, settings, directory, monkeypatch, teacher="") -> tuple[int, int]:
+    "Post-train a candidate; returns the largest sizes of its tensors and of its working directory, in bytes."
+    export_hf(candidate, tokenizer, directory / "pruned")
+    train, rotate, tensors, files = transformers.Trainer.train, transformers.trainer.rotate_checkpoints, [], []
+
+    def measured_train(trainer, **options):
+        weights = sum(p.nbytes for p in trainer.model.parameters())
+        tensors.append(weights + peak_of_tensors(lambda: train(trainer, **options)))
+
+    def measured_rotate(*args, **options):
+        files.append(sum(file.stat().st_size for file in (directory / "work").rglob("*") if file.is_file()))
+        rotate(*args, **options)
+
+    monkeypatch.setattr(transformers.Trainer, "train", measured_train)
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", measured_rotate)
+    post_train_checkpoint(directory / "pruned", directory / "out", settings, str(corpus), teacher=teacher, work=directory / "work", checkpoint_tokens=1, use_cpu=True, progress=False)
+    return tensors[0], max(files)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(batch_size=16), dict(autocast=False), dict(batch_size=16, checkpoint_activations=True), dict(accumulation=2), dict(distillation=0.5)], ids=str)
+def test_bytes_of_post_training(tiny, corpus, tokenizer, database, tmp_path, monkeypatch, changes):
+    "Memory and checkpoints of Trainer are predicted within 20 %, whatever is recomputed, accumulated or distilled."
+    settings = PostTraining(**dict(n_tokens=1, seq_len=SEQ, batch_size=4) | changes)
+    settings = replace(settings, n_tokens=4 * settings.tokens_per_step(), epochs=9)
+    candidate = materialize(tiny, database, plan_budget(database.space, 0.5)[1])
+    memory, disk = post_trained(candidate, tokenizer, corpus, settings, tmp_path, monkeypatch, "tiny" if settings.distillation else "")
+    phase = plan("tiny", CONFIG, seq_len=SEQ, dtype="float32", post_training=settings).phases[2]
+    assert phase.memory_bytes == pytest.approx(memory + (sum(p.nbytes for p in tiny.parameters()) if settings.distillation else 0), rel=0.2)
+    assert phase.disk_bytes == pytest.approx(disk, rel=0.2) and phase.tokens == settings.n_tokens
 
 
 def test_memory_of_scoring_long_blocks(tiny, corpus, tokenizer, database):
@@ -130,11 +172,11 @@ def test_memory_of_scoring_long_blocks(tiny, corpus, tokenizer, database):
         assert plan("tiny", config, seq_len=1024, dtype="float32").phases[1].memory_bytes == pytest.approx(measured, rel=0.2)
 
 
-@pytest.mark.parametrize("stage, post_tokens, named", [(Stage(1, 255, SEQ), 0, "255 tuning"), (Stage(1, 0, 1), 0, "scoring"), (Stage(1, 0, SEQ), 255, "255 tuning")])
+@pytest.mark.parametrize("stage, post_tokens, named", [(Stage(1, 255, SEQ), SEQ, "255 tuning"), (Stage(1, 0, 1), SEQ, "scoring"), (Stage(1, 0, SEQ), 255, "255 tokens")])
 def test_what_no_text_could_fill_is_refused(stage, post_tokens, named):
     "A plan of a job that would be refused is refused too; a little scoring is a shorter block."
     with pytest.raises(ValueError, match=named):
-        plan("tiny", SearchConfig(stages=(stage,)), seq_len=SEQ, post_tokens=post_tokens)
+        plan("tiny", SearchConfig(stages=(stage,)), seq_len=SEQ, post_training=PostTraining(post_tokens, SEQ, batch_size=1))
     assert plan("tiny", SearchConfig(generations=1, offspring=1, stages=(Stage(1, 0, 100),)), seq_len=SEQ).phases[1].tokens == 300  # the offspring, its parent and the dense model
 
 
@@ -157,7 +199,9 @@ def test_memory_limit_and_device():
     "A limit on calibration memory costs passes, never more memory; a device gives times, and says what does not fit."
     free, limited = (plan("tiny", CONFIG, memory_bytes=limit) for limit in (None, 3_000_000))
     assert free.passes == 1 < limited.passes and limited.phases[0].memory_bytes < free.phases[0].memory_bytes
-    slow, fast = (plan("tiny", CONFIG, post_tokens=10_000, device=Device("d", 10**6, rate, rate)) for rate in (1e9, 2e9))
+    stored = plan("tiny", CONFIG, memory_bytes=3_000_000, offload_bytes=10**9)
+    assert stored.passes == 1 < stored.groups and stored.phases[0].memory_bytes <= 1.1 * limited.phases[0].memory_bytes and stored.phases[0].flops < limited.phases[0].flops
+    slow, fast = (plan("tiny", CONFIG, post_training=PostTraining(10_000, 512), device=Device("d", 10**6, rate, rate)) for rate in (1e9, 2e9))
     assert [a.seconds for a in slow.phases] == pytest.approx([2 * b.seconds for b in fast.phases])
     assert len(slow.too_large()) == 3 and "search needs" in slow.too_large()[1]
     assert not free.too_large() and list(free.table().index) == ["level database", "search"]

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -69,6 +70,26 @@ def test_blocks_are_shuffled_within_windows(short_corpus, tokenizer):
         assert sorted(found[window : window + 12]) == sorted(expected[window : window + 12]) != found[window : window + 12]
     assert found != other and sorted(found[:48]) == sorted(other[:48])
     assert found == blocks_of(stream_of(short_corpus, tokenizer, 50, seq_len=16, shuffle_blocks=12))
+
+
+def test_the_next_window_is_made_while_one_is_in_use(short_corpus, tokenizer):
+    "With the first block in hand, a thread reads on to the end of the next window, and no further."
+    read, second, third = [], threading.Event(), threading.Event()
+    stream = stream_of(short_corpus, tokenizer, 12)
+    packed = stream._packed
+
+    def counted(start):
+        for row in packed(start):
+            read.append(threading.current_thread())
+            (second if len(read) == 8 else third if len(read) > 8 else threading.Event()).set()
+            yield row
+
+    stream._packed = counted
+    rows = iter(stream)
+    next(rows)
+    assert second.wait(10) and not third.wait(0.2)
+    assert threading.main_thread() not in read
+    assert len([*rows]) == 11 and len(read) == 12
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(4, 60), st.integers(0, 5))
