@@ -44,10 +44,11 @@ def _git_revision() -> str | None:
 
 
 def _processor() -> str:
-    "What the processor calls itself, and the widest instructions that torch uses on it."
+    "What the processor calls itself, its family and model, which a virtual machine's name for it may hide, and the widest instructions that torch uses on it."
     try:
-        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
-    except (OSError, TypeError):  # not Linux, or a processor that gives no name there
+        rows = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        name = f"{rows['model name']} (family {rows['cpu family']}, model {rows['model']})"
+    except (OSError, KeyError):  # not Linux, or a processor that gives no name there
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' * torch.cpu._is_amx_tile_supported()}"
 
