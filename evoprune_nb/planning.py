@@ -294,8 +294,9 @@ def _post_training(sizes: _Sizes, space: Space, genome: Genome, settings: PostTr
     units = [
         positions * activation_bytes(unit, kept, kept if uneven else space.kv_kept[index][level], sizes.hidden, 4, sizes.head_norms, per_head, settings.autocast)
         for index, (unit, level) in enumerate(zip(space.units, genome.levels)) for kept in [space.kept(index, level)]]
-    copies = 2 * (weights - space.fixed_params) * settings.autocast
+    copies = 2 * (weights - space.fixed_params) * settings.autocast  # autograd keeps those that the backward pass reads
     rows, states = min(1024, positions), 4 * positions * sizes.hidden
+    # of a chunk (as in `post_training_loss`): logits, their log-softmax and its gradient; the head's gradient, that of the chunk, and under autocast a copy of the head and its gradient
     loss = 12 * rows * sizes.vocabulary + (8 + 4 * settings.autocast) * sizes.vocabulary * sizes.hidden + 2 * states
     if settings.distillation:
         loss += 8 * rows * sizes.vocabulary + positions * sizes.hidden * sizes.itemsize
