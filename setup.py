@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters="=", interpolation=None)
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -19,7 +19,7 @@ setup(
     keywords=cfg["keywords"].split(),
     author=cfg["author"],
     python_requires=f">={cfg['min_python']}",
-    packages=[cfg["lib_path"]],
+    packages=find_packages(include=[f"{cfg['lib_path']}*"]),
     package_data={cfg["lib_path"]: ["tiny/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .models import WIKIPEDIA_SAMPLE, cache_dir, fetch_embedded
+from .machine.fetch import WIKIPEDIA_SAMPLE, cache_dir, fetch_embedded
 
 # %% ../nbs/01_data.ipynb #328c43d3
 _EMPTY_SECTIONS = {"References", "Further reading", "External links", "See also", "Notes", "Bibliography", "Sources"}

@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from evoprune_nb.data import TokenPool, load_pools
 from evoprune_nb.models import load_model
-from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.database import LevelDatabase, build_database
 
 settings.register_profile("promises", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("promises")

@@ -6,8 +6,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from evoprune_nb import attention
-from evoprune_nb.attention import IN_BLOCKS, causal_attention, faster_in_blocks, kept_probabilities, use_attention_in_blocks
+from evoprune_nb.machine import attention
+from evoprune_nb.machine.attention import IN_BLOCKS, causal_attention, faster_in_blocks, kept_probabilities, use_attention_in_blocks
 from evoprune_nb.models import load_model
 
 

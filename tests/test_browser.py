@@ -272,8 +272,8 @@ def test_restart_and_attach(page, place):
 
 def test_replay_equals_the_steered_run(place):
     "What was steered by hand ends, replayed without hands, with the same genomes."
-    from evoprune_nb.worker import replay
-    from evoprune_nb.workbench import Source
+    from evoprune_nb.replay import replay
+    from evoprune_nb.ui.workbench import Source
 
     history = History(place / "run")
     assert history.finished and {"pause", "inject", "set", "note", "step"} <= set(history.commands.name)

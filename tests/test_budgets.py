@@ -9,7 +9,7 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.budgets import Budget, fit_budget, plan_budget, uniform_genome
+from evoprune_nb.target import Budget, fit_budget, plan_budget, uniform_genome
 from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
 

@@ -8,7 +8,7 @@ from helpers import random_blocks, small_model
 from evoprune_nb.candidates import dense_state, materialize
 from evoprune_nb.genome import Genome
 from evoprune_nb.models import find_units, model_fingerprint
-from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.training import Training, train
 
 TOP = -1  # the unit's last level, at which all of it is gone

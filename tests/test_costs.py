@@ -5,13 +5,13 @@ import transformers
 from helpers import random_blocks, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from evoprune_nb.budgets import plan_budget, uniform_genome
+from evoprune_nb.target import plan_budget, uniform_genome
 from evoprune_nb.candidates import materialize
 from evoprune_nb.costs import fixed_costs, unit_costs
 from evoprune_nb.genome import level_grid, make_space
-from evoprune_nb.latency import _cache_name, kv_cache_bytes
+from evoprune_nb.judge.latency import _cache_name, kv_cache_bytes
 from evoprune_nb.models import find_units, prunable_units
-from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.database import LevelDatabase, build_database
 
 FAMILIES = ["llama-mha", "llama-gqa", "llama-biases", "llama-tied", "llama-rope", "qwen2", "qwen2-mixed", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "glm4", "exaone4"]
 CONTEXT = 21  # beyond the sliding windows, which are 8

@@ -9,11 +9,11 @@ import torch
 from helpers import random_blocks, small_model
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.commands import main
+from evoprune_nb.ui.cli import main
 from evoprune_nb.data import TokenPool, documents, load_pools
-from evoprune_nb.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
-from evoprune_nb.export import export_hf
-from evoprune_nb.latency import measure_latency
+from evoprune_nb.judge.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
+from evoprune_nb.ship.export import export_hf
+from evoprune_nb.judge.latency import measure_latency
 from evoprune_nb.models import load_model
 
 

@@ -16,9 +16,9 @@ from helpers import events
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from evoprune_nb.data import load_pools
-from evoprune_nb.evaluation import evaluate
-from evoprune_nb.commands import main
-from evoprune_nb.experiments import ParameterError, Report, check_parameters, file_hash, notebook_parameters, text_table
+from evoprune_nb.judge.evaluation import evaluate
+from evoprune_nb.ui.cli import main
+from evoprune_nb.paper.experiments import ParameterError, Report, check_parameters, file_hash, notebook_parameters, text_table
 from evoprune_nb.models import load_model
 from evoprune_nb.history import History
 
@@ -270,7 +270,7 @@ def test_parameter_files_fit_their_notebook(tmp_path):
 def test_command_line_values_win_over_the_file(tmp_path, monkeypatch):
     "-p overrides -f, and both reach the notebook with their types."
     seen = {}
-    monkeypatch.setattr("evoprune_nb.commands.run_experiment", lambda notebook, given, name, reports: seen.update(given) or tmp_path)
+    monkeypatch.setattr("evoprune_nb.ui.cli.run_experiment", lambda notebook, given, name, reports: seen.update(given) or tmp_path)
     (tmp_path / "some.yaml").write_text("generations: 5\noffspring: 4")
     assert main(["run", str(DEMO), "-f", str(tmp_path / "some.yaml"), "-p", "generations", "7"]) == 0
     assert check_parameters(DEMO, seen) == {"generations": 7, "offspring": 4}

@@ -12,16 +12,19 @@ from helpers import made_up, random_blocks, short_config, small_model, small_poo
 from safetensors.torch import save_file
 from transformers.models.llama import modeling_llama as llama
 
-from evoprune_nb import export, modeling
-from evoprune_nb.attention import IN_BLOCKS
+from evoprune_nb.ship import export
+from evoprune_nb import modeling
+from evoprune_nb.machine.attention import IN_BLOCKS
 from evoprune_nb.candidates import materialize
-from evoprune_nb.commands import main
-from evoprune_nb.export import Card, base_license, export_hf, is_run, load_exported, load_winner, per_layer_config, read_card
+from evoprune_nb.ui.cli import main
+from evoprune_nb.ship.cards import Card, base_license, read_card
+from evoprune_nb.ship.export import export_hf, is_run, load_exported, load_winner
+from evoprune_nb.ship.layers import per_layer_config
 from evoprune_nb.history import History
 from evoprune_nb.modeling import fit_layers
 from evoprune_nb.models import load_model, model_fingerprint
-from evoprune_nb.padded import group_sizes
-from evoprune_nb.pruning import build_database
+from evoprune_nb.ship.padded import group_sizes
+from evoprune_nb.database import build_database
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
 
@@ -294,7 +297,7 @@ def test_classes_that_build_from_per_layer_config(made, tokenizer, tmp_path, mon
 
 def test_card_tells_what_is_known(made, tokenizer, tmp_path):
     "Base model, licence and its files, picture, scores and provenance are in the card and its front matter; they survive a second export, with what an evaluation has left."
-    from evoprune_nb.figures import genome_figure
+    from evoprune_nb.paper.figures import genome_figure
 
     candidate, database = made("llama-gqa", "thin")
     base = tmp_path / "base"

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from helpers import made_up, short_config, small_pools
 
-from evoprune_nb.figures import (
-    THEMES, Figure, comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, save_figure, sparsity_figure, stages_figure, swaps, tokens_figure)
+from evoprune_nb.paper.figures import THEMES, Figure, comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, save_figure, sparsity_figure, stages_figure, swaps, tokens_figure
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.search import Search

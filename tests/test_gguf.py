@@ -14,9 +14,10 @@ from helpers import FAMILIES, SMALL, random_blocks, small_model
 from safetensors.torch import load_file, save_file
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.export import Card, export_hf, load_exported
-from evoprune_nb.gguf_export import PLACEHOLDER, context_length, deci_layers, export_gguf
-from evoprune_nb.pruning import build_database
+from evoprune_nb.ship.cards import Card
+from evoprune_nb.ship.export import export_hf, load_exported
+from evoprune_nb.ship.gguf import PLACEHOLDER, context_length, deci_layers, export_gguf
+from evoprune_nb.database import build_database
 
 TOP = -1  # the unit's last level, at which all of it is gone
 GENOMES = {  # name → levels of the three attention units and the three MLPs

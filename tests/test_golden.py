@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import derive_seed
-from evoprune_nb.pruning import build_database
+from evoprune_nb.database import build_database
 from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Evaluation, Stage
 from evoprune_nb.training import Training

@@ -10,10 +10,10 @@ from helpers import events, made_up, short_config, small_pools
 
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
-from evoprune_nb.runs import STATUSES, read_events, read_state, write_state
+from evoprune_nb.runlog import STATUSES, read_events, read_state, write_state
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Elimination, Stage
-from evoprune_nb.steering import Rules, forward_tokens, generation_tokens
+from evoprune_nb.config import ActiveConfig, forward_tokens, generation_tokens
 
 FRAMES = ("evaluations", "abandoned", "survivors", "generations", "commands", "notes")
 
@@ -142,7 +142,7 @@ def test_tokens_and_progress_of_real_evaluations(small, tmp_path, restart):
     "With real training: tallies are tokens trained on, not tokens seen; abandoned work is counted; the plan is met at the end, and work only grows while what is left shrinks."
     config = short_config(generations=3, restart=restart, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
-    history, trained, plan = History(tmp_path / "run"), [], generation_tokens(Rules.of(config), 16)
+    history, trained, plan = History(tmp_path / "run"), [], generation_tokens(ActiveConfig.of(config), 16)
     original = Search._prepare_evaluator
 
     def counting(self, rules, branch):

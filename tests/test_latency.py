@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.latency import Ratio, Timing, compare_latency, kv_cache_bytes, measure_latency, peak_memory, quartiles, speedup, time_each, weight_bytes
+from evoprune_nb.judge.latency import Ratio, Timing, compare_latency, kv_cache_bytes, measure_latency, peak_memory, quartiles, speedup, time_each, weight_bytes
 
 positive = st.floats(1e-6, 1e3)
 

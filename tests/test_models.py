@@ -11,7 +11,9 @@ import transformers
 from helpers import SMALL, small_model
 
 from evoprune_nb import models
-from evoprune_nb.models import EmbeddedFile, fetch_embedded, find_units, load_model, model_fingerprint, prunable_units, resolve_device, resolve_dtype
+from evoprune_nb.machine.fetch import EmbeddedFile, fetch_embedded
+from evoprune_nb.models import find_units, load_model, model_fingerprint, prunable_units
+from evoprune_nb.machine.device import resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize("options, message", [

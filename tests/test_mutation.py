@@ -6,7 +6,7 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.budgets import Budget, plan_budget
+from evoprune_nb.target import Budget, plan_budget
 from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
 from evoprune_nb.mutation import OPERATORS, MutationError, cost_swap, level_swap, make_offspring
@@ -23,13 +23,13 @@ def parents(draw):
 
 
 @given(parents(), seeds, st.integers(1, 5))
-def test_level_swap_conserves_levels_of_each_kind(drawn, seed, max_flips):
-    "Swaps keep the sum of levels of attention and of MLPs, stay in the grid, leave frozen units alone, and are at most max_flips."
+def test_level_swap_conserves_levels_of_each_kind(drawn, seed, max_swaps):
+    "Swaps keep the sum of levels of attention and of MLPs, stay in the grid, leave frozen units alone, and are at most max_swaps."
     space, parent, frozen = drawn
-    child = space.check(level_swap(parent, space, random.Random(seed), max_flips, frozen))
+    child = space.check(level_swap(parent, space, random.Random(seed), max_swaps, frozen))
     assert sum(child.attn) == sum(parent.attn) and sum(child.mlp) == sum(parent.mlp)
     assert all(child.levels[unit] == parent.levels[unit] for unit in frozen)
-    assert child.distance(parent) % 2 == 0 and child.distance(parent) <= 2 * max_flips
+    assert child.distance(parent) % 2 == 0 and child.distance(parent) <= 2 * max_swaps
 
 
 @given(parents(), seeds)
@@ -93,13 +93,13 @@ def test_unknown_operator_names_the_known_ones(space):
 
 
 @given(parents(), seeds, st.integers(1, 5))
-def test_cost_swap_leaves_frozen_units_alone(drawn, seed, max_flips):
+def test_cost_swap_leaves_frozen_units_alone(drawn, seed, max_swaps):
     "Cost swaps stay in the grid, never touch frozen units, and depend on their generator alone."
     space, parent, frozen = drawn
     budget = Budget({"params": space.n_params(parent) + 1}, 0.05)
-    child = space.check(cost_swap(parent, space, budget, random.Random(seed), max_flips, frozen))
+    child = space.check(cost_swap(parent, space, budget, random.Random(seed), max_swaps, frozen))
     assert all(child.levels[unit] == parent.levels[unit] for unit in frozen)
-    assert cost_swap(parent, space, budget, random.Random(seed), max_flips, frozen) == child
+    assert cost_swap(parent, space, budget, random.Random(seed), max_swaps, frozen) == child
 
 
 limit_sets = st.dictionaries(st.sampled_from(("params", "flops", "kv_bytes")), st.floats(0.2, 0.9), min_size=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evoprune_nb.experiments import notebook_parameters
+from evoprune_nb.paper.experiments import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))

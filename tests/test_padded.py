@@ -11,10 +11,11 @@ from helpers import random_blocks, small_model
 from safetensors.torch import save_file
 
 from evoprune_nb.candidates import materialize
-from evoprune_nb.export import Card, export_hf, load_exported
+from evoprune_nb.ship.cards import Card
+from evoprune_nb.ship.export import export_hf, load_exported
 from evoprune_nb.models import model_fingerprint
-from evoprune_nb.padded import export_padded, padded_model, stock_shape
-from evoprune_nb.pruning import build_database
+from evoprune_nb.ship.padded import export_padded, padded_model, stock_shape
+from evoprune_nb.database import build_database
 from evoprune_nb.training import Training, train
 
 TOP = -1  # the unit's last level, at which all of it is gone
@@ -187,7 +188,7 @@ def test_a_wrong_checkpoint_is_never_left_behind(made, tokenizer, tmp_path, monk
         stock.model.layers[0].mlp.down_proj.weight.data[0] += 10
         return stock
 
-    monkeypatch.setattr("evoprune_nb.padded.padded_model", wrong)
+    monkeypatch.setattr("evoprune_nb.ship.padded.padded_model", wrong)
     with pytest.raises(RuntimeError, match="computes other logits than the pruned model"):
         export_padded(candidate, tokenizer, tmp_path / "wrong")
     assert not list(tmp_path.iterdir())

@@ -12,17 +12,18 @@ import transformers
 from helpers import peak_of_tensors
 
 from evoprune_nb import training
-from evoprune_nb.budgets import plan_budget
+from evoprune_nb.target import plan_budget
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
-from evoprune_nb.export import export_hf
+from evoprune_nb.ship.export import export_hf
 from evoprune_nb.models import load_model
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.planning import Device, head_bytes, meta_model, plan, softmax_bytes
-from evoprune_nb.posttraining import PostTraining, post_train_checkpoint
-from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.paper.planning import Device, head_bytes, meta_model, plan, softmax_bytes
+from evoprune_nb.ship.posttraining import PostTraining, post_train_checkpoint
+from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.search import SearchConfig
-from evoprune_nb.selection import PUBLISHED_STAGES, Evaluator, Stage, select
+from evoprune_nb.selection import PUBLISHED_STAGES, Stage, select
+from evoprune_nb.evaluator import Evaluator
 from evoprune_nb.training import Training
 
 SEQ = 256
@@ -95,12 +96,12 @@ print(json.dumps({"disk": database.n_bytes, "building": building, "searching": p
 
 def test_candidates_side_by_side_take_memory_each():
     "Three at once: two more candidates in training than one at a time, and the dense model's logits of a scoring draw that they share."
-    one, two, three = (plan("tiny", SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ),), training=Training(batch_size=2), at_once=n), seq_len=SEQ).phases[1] for n in (1, 2, 3))
+    one, two, three = (plan("tiny", SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ),), training=Training(batch_size=2), n_jobs=n), seq_len=SEQ).phases[1] for n in (1, 2, 3))
     shared, candidate = SEQ * 4096 * 2, three.memory_bytes - two.memory_bytes
     assert two.memory_bytes - one.memory_bytes == candidate + shared and candidate > 10 * one.tokens
     assert (one.flops, one.tokens) == (three.flops, three.tokens)
-    with pytest.raises(ValueError, match="at_once"):
-        SearchConfig(at_once=0)
+    with pytest.raises(ValueError, match="n_jobs"):
+        SearchConfig(n_jobs=0)
 
 
 @pytest.mark.parametrize("restart, stages", [

@@ -17,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evoprune_nb import posttraining
+from evoprune_nb.ship import posttraining
 from evoprune_nb.candidates import materialize
-from evoprune_nb.commands import main
+from evoprune_nb.ui.cli import main
 from evoprune_nb.data import documents, split_of
-from evoprune_nb.export import export_hf, load_exported, read_card
+from evoprune_nb.ship.export import export_hf, load_exported
+from evoprune_nb.ship.cards import read_card
 from evoprune_nb.models import EMBEDDED_MODELS, load_model
-from evoprune_nb.padded import export_padded
-from evoprune_nb.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
+from evoprune_nb.ship.padded import export_padded
+from evoprune_nb.ship.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
-from evoprune_nb.training import next_token_loss
+from evoprune_nb.losses import next_token_loss
 
 SHORT = PostTraining(n_tokens=12 * 2 * 32, seq_len=32, batch_size=2, lr=1e-3, shuffle_blocks=4, autocast=False)  # 12 steps
 

@@ -9,7 +9,8 @@ from helpers import random_blocks, small_model
 
 from evoprune_nb import pruning
 from evoprune_nb.models import Unit, decoder_layers, model_fingerprint
-from evoprune_nb.pruning import CalibrationPlan, LevelDatabase, build_database, kept_structures, plan_calibration, prune_unit
+from evoprune_nb.database import CalibrationPlan, LevelDatabase, build_database, plan_calibration
+from evoprune_nb.pruning import kept_structures, prune_unit
 
 HEADS = dict(size=4, n_kv_heads=2)
 

@@ -29,7 +29,7 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
 def test_shell_example_runs(tmp_path, monkeypatch):
     """The README's commands, one after the other, with a small model, text and budgets in place of the reader's."""
-    from evoprune_nb.commands import main
+    from evoprune_nb.ui.cli import main
     from evoprune_nb.data import documents
 
     (tmp_path / "your-text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents("wikipedia-sample")))

@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evoprune_nb.data import load_pools
-from evoprune_nb.experiments import notebook_parameters, to_notebook
+from evoprune_nb.paper.experiments import notebook_parameters, to_notebook
 from evoprune_nb.history import History
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.pruning import build_database
-from evoprune_nb.runs import RunDiverged
+from evoprune_nb.database import build_database
+from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Stage
-from evoprune_nb.worker import Worker, commands_of, follow, replay
+from evoprune_nb.ui.worker import Worker
+from evoprune_nb.replay import commands_of, follow, replay
 
 PATIENCE = 60
 UNITS = [f"{kind}.{layer:02d}" for kind in ("attn", "mlp") for layer in range(3)]
@@ -30,7 +31,7 @@ def search_in(run_dir, small, evaluator=made_up, config=None) -> Search:
 
 WHEN = st.sampled_from(("next", "now"))
 SETTING = st.one_of(
-    st.tuples(st.just("offspring"), st.integers(1, 6)), st.tuples(st.just("max_flips"), st.integers(1, 4)), st.tuples(st.just("generations"), st.integers(1, 5)),
+    st.tuples(st.just("offspring"), st.integers(1, 6)), st.tuples(st.just("max_swaps"), st.integers(1, 4)), st.tuples(st.just("generations"), st.integers(1, 5)),
     st.tuples(st.just("sparsity"), st.sampled_from((0.3, 0.4, 0.5, 0.6))), st.tuples(st.just("params"), st.sampled_from((30_000, 45_000))), st.tuples(st.just("lr"), st.sampled_from((0.1, 0.01))),
     st.tuples(st.just("stages"), st.sampled_from(([[1, 0, 16]], [[2, 0, 32], [1, 64, 48]], [[3, 0, 16], [2, 32, 16], [1, 64, 16]]))), st.tuples(st.just("limits"), st.sampled_from(({"flops": 0.8}, None))),
     st.tuples(st.just("operator"), st.sampled_from(("level_swap", "cost_swap"))))
@@ -75,7 +76,7 @@ def steered(run_dir, small, script: dict[int, list[dict]]) -> Search:
         if worker.status == "failed":
             send({"command": "thaw", "units": UNITS})
             send({"command": "set", "setting": "sparsity", "value": 0.5})
-            send({"command": "set", "setting": "max_flips", "value": 3})
+            send({"command": "set", "setting": "max_swaps", "value": 3})
             send({"command": "set", "setting": "offspring", "value": 4})
     return search
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from evoprune_nb import search as search_module
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
-from evoprune_nb.evaluation import evaluate
+from evoprune_nb.judge.evaluation import evaluate
 from evoprune_nb.genome import Genome
-from evoprune_nb.pruning import build_database
+from evoprune_nb.database import build_database
 from evoprune_nb.history import History
-from evoprune_nb.runs import EventLog, RunDiverged
+from evoprune_nb.runlog import EventLog, RunDiverged
 from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
@@ -113,9 +113,9 @@ def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, restart)
     "One candidate at a time or three with a core each, interrupted and resumed in the middle of a stage, with a command in between: the same events."
     command, threads = {"command": "set", "setting": "offspring", "value": 5, "when": "now"}, torch.get_num_threads()
 
-    def steered(run_dir, at_once, cut_at=None):
+    def steered(run_dir, n_jobs, cut_at=None):
         def begun():
-            return search_in(run_dir, small, short_config(restart=restart, at_once=at_once))
+            return search_in(run_dir, small, short_config(restart=restart, n_jobs=n_jobs))
 
         search = begun()
         for i in range(7):
@@ -130,19 +130,19 @@ def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, restart)
     try:
         torch.set_num_threads(1)
         winner = steered(tmp_path / "alone", 1)
-        for name, at_once, cut_at in (("three", 3, None), ("resumed", 3, 6), ("four", 4, None)):
-            assert steered(tmp_path / name, at_once, cut_at) == winner
+        for name, n_jobs, cut_at in (("three", 3, None), ("resumed", 3, 6), ("four", 4, None)):
+            assert steered(tmp_path / name, n_jobs, cut_at) == winner
             assert events(tmp_path / name) == events(tmp_path / "alone")
     finally:
         torch.set_num_threads(threads)
     assert "abandoned" in {row["event"] for row in events(tmp_path / "alone")}
-    with pytest.raises(ValueError, match="at_once"):
+    with pytest.raises(ValueError, match="n_jobs"):
         search_in(tmp_path / "three", small, short_config(restart=restart))
 
 
 def test_an_error_beside_others_stops_the_search_as_one_alone(small, tmp_path, monkeypatch):
     "When an evaluation fails, those beside it are ended, the log keeps what was finished, and the search goes on from there."
-    config, real, calls = short_config(at_once=2), search_module.Evaluator._evaluated, []
+    config, real, calls = short_config(n_jobs=2), search_module.Evaluator._evaluated, []
 
     def failing(self, which, n):
         calls.append(which)
@@ -163,7 +163,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from helpers import short_config, small_model, small_pools
-from evoprune_nb.pruning import LevelDatabase
+from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 model = small_model("llama-gqa")
 search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(heldout_tokens=64))
@@ -330,7 +330,7 @@ def test_seed_determines_the_genomes(small, faked, tmp_path):
     assert offspring(tmp_path / "other") != offspring(faked[0])
 
 
-@pytest.mark.parametrize("changes", [dict(sparsity=0.3), dict(sparsity=None, params=60_000, tolerance=0.05), dict(seed=3, max_flips=5)])
+@pytest.mark.parametrize("changes", [dict(sparsity=0.3), dict(sparsity=None, params=60_000, tolerance=0.05), dict(seed=3, max_swaps=5)])
 def test_every_evaluated_genome_keeps_the_budget(small, tmp_path, changes):
     "All candidates have at most the target and at least the tolerated number of parameters, counted on the model itself."
     config = short_config(generations=6, **changes)
@@ -487,7 +487,7 @@ def test_check_search_finds_errors_before_the_database(small, wrong, message):
     from evoprune_nb.search import check_search
 
     if "offspring" in wrong:
-        wrong = wrong | dict(tolerance=0.0, max_flips=1, offspring=40, stages=(Stage(1, 0, 64),))
+        wrong = wrong | dict(tolerance=0.0, max_swaps=1, offspring=40, stages=(Stage(1, 0, 64),))
     with pytest.raises(ValueError, match=message):
         check_search(small[0], small_pools(), replace(short_config(), **wrong))
     check_search(small[0], small_pools(), short_config())

@@ -15,8 +15,10 @@ from evoprune_nb.candidates import materialize
 from evoprune_nb.data import TokenPool, derive_seed, load_pools
 from evoprune_nb.genome import Genome
 from evoprune_nb.models import decoder_layers, load_model, model_fingerprint
-from evoprune_nb.pruning import build_database
-from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Evaluator, SideBySide, Stage, check_stages, cross_entropy, kl_divergence, select
+from evoprune_nb.database import build_database
+from evoprune_nb.selection import PUBLISHED_STAGES, Elimination, Evaluation, Stage, check_stages, select
+from evoprune_nb.evaluator import Evaluator, CandidatePool
+from evoprune_nb.losses import cross_entropy, kl_divergence
 from evoprune_nb.training import Training, TrainingResult, train
 
 STAGES = (Stage(2, 0, 32), Stage(1, 64, 48))
@@ -177,14 +179,14 @@ def test_side_by_side_changes_no_bit(tmp_path, dtype, restart, stages):
     family = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(5)]
     threads = torch.get_num_threads()
 
-    def evaluator(at_once: int, n_cores: int) -> Evaluator:
-        evaluate = Evaluator(model, database, pools, stages, Training(lr=1e-2, batch_size=2), restart=restart, at_once=at_once)
+    def evaluator(n_jobs: int, n_cores: int) -> Evaluator:
+        evaluate = Evaluator(model, database, pools, stages, Training(lr=1e-2, batch_size=2), restart=restart, n_jobs=n_jobs)
         evaluate.reference = family[0]
         torch.set_num_threads(n_cores)
         return evaluate
 
-    def results(at_once: int, n_cores: int) -> list:
-        evaluate = evaluator(at_once, n_cores)
+    def results(n_jobs: int, n_cores: int) -> list:
+        evaluate = evaluator(n_jobs, n_cores)
         happened = list(select(family[-1], family[:4], stages, evaluate, 2, evaluate.announce))
         assert torch.get_num_threads() == n_cores
         return [(e.genome, e.stage, e.fitness, e.tuning_loss, e.tuning_tokens, e.scoring_tokens) if isinstance(e, Evaluation) else e for e in happened]
@@ -212,18 +214,18 @@ def test_side_by_side_shares_the_cores_in_order():
 
     try:
         torch.set_num_threads(6)
-        for at_once, first, expected in ((3, 0, {**dict.fromkeys(range(6), (3, 2)), 6: (2, 3), 7: (2, 3)}), (3, 4, {4: (3, 2), 5: (3, 2), 6: (2, 3), 7: (2, 3)}), (3, 7, {7: (2, 3)}), (1, 0, dict.fromkeys(range(8), (1, 6))), (7, 0, {**dict.fromkeys(range(7), (7, 1)), 7: (1, 6)}), (20, 0, dict.fromkeys(range(8), (8, 1)))):
+        for n_jobs, first, expected in ((3, 0, {**dict.fromkeys(range(6), (3, 2)), 6: (2, 3), 7: (2, 3)}), (3, 4, {4: (3, 2), 5: (3, 2), 6: (2, 3), 7: (2, 3)}), (3, 7, {7: (2, 3)}), (1, 0, dict.fromkeys(range(8), (1, 6))), (7, 0, {**dict.fromkeys(range(7), (7, 1)), 7: (1, 6)}), (20, 0, dict.fromkeys(range(8), (8, 1)))):
             cores.clear()
-            side = SideBySide(work, at_once)
+            side = CandidatePool(work, n_jobs)
             side.announce(range(8))
             for item in range(first, 8):
                 begun.clear()
-                assert side.result(item) == item and torch.get_num_threads() == 6 and len(begun) <= at_once + 1
+                assert side.result(item) == item and torch.get_num_threads() == 6 and len(begun) <= n_jobs + 1
             assert cores == expected
     finally:
         torch.set_num_threads(threads)
-    with pytest.raises(ValueError, match="at_once must be a whole number from 1; got 0"):
-        SideBySide(work, 0)
+    with pytest.raises(ValueError, match="n_jobs must be a whole number from 1; got 0"):
+        CandidatePool(work, 0)
 
 
 def test_work_side_by_side_ends_when_it_is_not_wanted():
@@ -235,12 +237,12 @@ def test_work_side_by_side_ends_when_it_is_not_wanted():
         if item == "bad":
             raise RuntimeError("out of memory")
         for _ in range(500 if item == "long" else 1):
-            side.go_on()
+            side.check_cancelled()
             time.sleep(0.01)
         finished.append(item)
         return item
 
-    side = SideBySide(work, 2)
+    side = CandidatePool(work, 2)
     for end in (side.halt, lambda: side.announce(["other"])):
         side.announce(["short", "long", "x", "y"])
         assert side.result("short") == "short"
@@ -418,7 +420,7 @@ def test_an_evaluator_needs_tuning_text_only_if_it_tunes(small):
 
 def test_perplexity_keeps_what_is_not_finite():
     """A diverged candidate must not come out with a large but finite perplexity."""
-    from evoprune_nb.selection import perplexity
+    from evoprune_nb.losses import perplexity
 
     assert math.isnan(perplexity(math.nan)) and math.isinf(perplexity(math.inf)) and math.isinf(perplexity(1e4))
     assert perplexity(0.0) == 1.0

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.runs import RunDiverged
+from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Elimination, Evaluation, Stage
-from evoprune_nb.steering import COMMANDS, SETTINGS, Rules, SearchConfig, change_rules, check_command, describe, generation_tokens
+from evoprune_nb.steering import COMMANDS, SETTINGS, change_rules, check_command, describe
+from evoprune_nb.config import ActiveConfig, SearchConfig, generation_tokens
 from evoprune_nb.training import Training
 
 
@@ -43,7 +44,7 @@ WRONG = [
     ("pause", "a command is a dict"), ({}, "a command is a dict"), ({"command": "reverse"}, "'reverse' is unknown; use one of pause"), ({"command": "pause", "for": 3}, "'pause' has no field 'for'"),
     ({"command": "set", "setting": "offspring"}, "'set' needs value"), (set_("lambda", 3), "setting 'lambda' is unknown; use one of offspring"),
     (set_("offspring", 2.5), "offspring must be a whole number; got 2.5"), (set_("offspring", True), "whole number; got True"), (set_("offspring", "8"), "whole number; got '8'"),
-    (set_("offspring", 1), r"must narrow 1 offspring down to 1 survivor; got survivors \[2, 1\]"), (set_("max_flips", 0), "max_flips ≥ 1"), (set_("generations", 0), "generations ≥ 1"),
+    (set_("offspring", 1), r"must narrow 1 offspring down to 1 survivor; got survivors \[2, 1\]"), (set_("max_swaps", 0), "max_swaps ≥ 1"), (set_("generations", 0), "generations ≥ 1"),
     (set_("operator", "crossover"), "'crossover' is unknown"), (set_("operator", 3), "operator must be a name"), (set_("fitness", "bleu"), "'bleu' is unknown"),
     (set_("lr", "fast"), "lr must be a number"), (set_("lr", -1.0), "lr > 0"), (set_("sparsity", 1.5), "outside what the grid can reach: 0 to 1"), (set_("params", 10), "10 parameters are outside"),
     (set_("limits", 0.5), "limits must be like"), (set_("limits", {"beauty": 0.5}), "beauty"), (set_("limits", {"flops": 3.0}), "flops"), (set_("sparsity", None), "nothing limits the size"),
@@ -70,7 +71,7 @@ def test_wrong_commands_are_refused_before_they_are_queued(small, tmp_path, comm
 
 def test_the_check_answers_with_the_command_in_full(small):
     "Defaults are filled in, stages become rows with names, units are sorted, and the given dict stays as it was."
-    space, rules = small[1].space, Rules.of(short_config())
+    space, rules = small[1].space, ActiveConfig.of(short_config())
     given_ = {"command": "set", "setting": "stages", "value": [(2, 0, 32), [1, 64, 48]]}
     before = json.dumps(given_)
     assert check_command(given_, rules, space) == {"command": "set", "when": "next", "setting": "stages", "value": [asdict(Stage(2, 0, 32)), asdict(Stage(1, 64, 48))]}
@@ -83,14 +84,14 @@ def test_the_check_answers_with_the_command_in_full(small):
 
 
 @pytest.mark.parametrize("setting, value, expected", [
-    ("offspring", 6, dict(offspring=6)), ("max_flips", 1, dict(max_flips=1)), ("generations", 9, dict(generations=9)), ("fitness", "perplexity", dict(fitness="perplexity")),
+    ("offspring", 6, dict(offspring=6)), ("max_swaps", 1, dict(max_swaps=1)), ("generations", 9, dict(generations=9)), ("fitness", "perplexity", dict(fitness="perplexity")),
     ("lr", 0.5, dict(training=Training(lr=0.5, batch_size=2))), ("sparsity", 0.3, dict(sparsity=0.3)), ("params", 50_000, dict(sparsity=None, params=50_000)),
     ("limits", {"flops": 0.9}, dict(sparsity=0.5, limits={"flops": 0.9})), ("stages", [{"survivors": 1, "tuning_tokens": 0, "scoring_tokens": 64}], dict(stages=(Stage(1, 0, 64),))), ("operator", "level_swap", {})])
 def test_each_setting_can_be_changed(setting, value, expected):
     "The rules after a command are the old ones but for what it names; and they are settings, checked like those."
     config = short_config()
-    changed = change_rules(Rules.of(config), set_(setting, value))
-    assert changed == Rules.of(short_config(**expected)) and setting in SETTINGS
+    changed = change_rules(ActiveConfig.of(config), set_(setting, value))
+    assert changed == ActiveConfig.of(short_config(**expected)) and setting in SETTINGS
     assert isinstance(changed, SearchConfig) and changed.lr == changed.training.lr
     assert describe(set_(setting, value)).startswith(f"{setting} → ") and describe(set_(setting, value, "now")).endswith(" (now)")
 
@@ -98,7 +99,7 @@ def test_each_setting_can_be_changed(setting, value, expected):
 @given(frozen=st.lists(st.tuples(st.sampled_from(("freeze", "thaw")), st.sets(st.sampled_from("abcdef"), min_size=1)), max_size=8))
 def test_freeze_and_thaw_are_set_operations(frozen):
     "What is frozen is the union of what was frozen, less what was thawed since."
-    rules, expected = Rules.of(short_config()), set()
+    rules, expected = ActiveConfig.of(short_config()), set()
     for name, units in frozen:
         rules = change_rules(rules, {"command": name, "units": sorted(units)})
         expected = expected | units if name == "freeze" else expected - units
@@ -108,7 +109,7 @@ def test_freeze_and_thaw_are_set_operations(frozen):
 @given(space=spaces(), sparsity=st.sampled_from((0.3, 0.5, 0.6)))
 def test_injected_genomes_must_meet_the_budget(space, sparsity):
     "The uniform genome of the target is accepted, one of another size is not."
-    rules = Rules.of(SearchConfig(sparsity=sparsity))
+    rules = ActiveConfig.of(SearchConfig(sparsity=sparsity))
     budget, start = rules.target(space)
     assert check_command({"command": "inject", "genome": start}, rules, space)["genome"] == start.code
     dense = space.genome([0] * len(space.units))
@@ -123,7 +124,7 @@ def test_planned_tokens_are_those_that_a_generation_takes(small, tmp_path, resta
     config = short_config(generations=1, restart=restart, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
     search.run(progress=False)
-    assert History(tmp_path / "run").tokens == generation_tokens(Rules.of(config), seq_len=16)
+    assert History(tmp_path / "run").tokens == generation_tokens(ActiveConfig.of(config), seq_len=16)
 
 
 # --- commands in a search
@@ -150,7 +151,7 @@ def test_next_and_now(small, tmp_path):
     search.step()
     search.send(set_("offspring", 6))
     steps(search, 3)
-    search.send(set_("max_flips", 1, when="now"))
+    search.send(set_("max_swaps", 1, when="now"))
     search.step()
     search.run(progress=False)
     first, again, second = generations(tmp_path / "run")
@@ -349,7 +350,7 @@ def test_rules_decide_how_candidates_are_evaluated(small, tmp_path):
 @pytest.mark.parametrize("restart", ["restart", "continue"])
 def test_steered_real_evaluations_resume_to_the_same_numbers(small, tmp_path, restart):
     "A run with all kinds of commands, killed at a dozen places, its remaining commands sent again at theirs: bitwise the same events."
-    from evoprune_nb.worker import commands_of, follow
+    from evoprune_nb.replay import commands_of, follow
 
     config = short_config(restart=restart, stages=(Stage(3, 32, 32), Stage(2, 64, 32), Stage(1, 128, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
@@ -369,7 +370,7 @@ def test_steered_real_evaluations_resume_to_the_same_numbers(small, tmp_path, re
 
 def test_a_steered_run_killed_at_any_byte_continues_to_the_same_end(small, tmp_path, monkeypatch):
     "Cut anywhere after its last command, the reopened run, driven by `run` alone, writes the same events; cut anywhere at all, it does when the rest of the commands come again."
-    from evoprune_nb.worker import commands_of, follow
+    from evoprune_nb.replay import commands_of, follow
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
     search = fake(tmp_path / "run", small)

@@ -9,7 +9,8 @@ from torch import nn
 
 from evoprune_nb import training
 from evoprune_nb.data import TokenPool
-from evoprune_nb.training import MasterOptimizer, Training, final_hidden, head_is_linear, next_token_loss, post_train, train
+from evoprune_nb.training import MasterOptimizer, Training, post_train, train
+from evoprune_nb.losses import final_hidden, head_is_linear, next_token_loss
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith(("llama", "qwen", "mistral"))])

@@ -7,16 +7,16 @@ import pytest
 import torch
 from helpers import made_up, random_blocks, short_config, small_model, small_pools
 
-from evoprune_nb import unit_latency
-from evoprune_nb.budgets import plan_budget
+from evoprune_nb.judge import unit_latency
+from evoprune_nb.target import plan_budget
 from evoprune_nb.genome import Genome, Space
 from evoprune_nb.history import History
 from evoprune_nb.models import decoder_layers
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.pruning import LevelDatabase, build_database
+from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.search import Search, check_search
-from evoprune_nb.unit_latency import PHASES, measure_unit_latency, open_unit_latency, unit_shape, with_latency
-from evoprune_nb.worker import replay
+from evoprune_nb.judge.unit_latency import PHASES, measure_unit_latency, open_unit_latency, unit_shape, with_latency
+from evoprune_nb.replay import replay
 
 QUICK = dict(prompt_tokens=8, warmup=0, repeats=3, progress=False)
 

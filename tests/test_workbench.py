@@ -11,10 +11,10 @@ import pytest
 from helpers import made_up, short_config, small_pools
 
 from evoprune_nb.history import History
-from evoprune_nb.runs import write_state
+from evoprune_nb.runlog import write_state
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
-from evoprune_nb.workbench import Workbench, attach
+from evoprune_nb.ui.workbench import Workbench, attach
 
 WAIT = 60  # seconds, after which a test that waits for an event fails
 

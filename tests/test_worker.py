@@ -14,9 +14,10 @@ from helpers import events, made_up, short_config, small_pools
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.mutation import MutationError
-from evoprune_nb.runs import DriverLock, RunBusy, read_state
+from evoprune_nb.machine.lock import DriverLock, RunBusy
+from evoprune_nb.runlog import read_state
 from evoprune_nb.search import Search
-from evoprune_nb.worker import Worker, worker_of
+from evoprune_nb.ui.worker import Worker, worker_of
 
 PATIENCE = 60  # seconds after which a test gives up; no test waits for so long when all is well
 
@@ -215,14 +216,14 @@ def test_a_generation_that_cannot_begin_fails_and_can_be_helped(small, tmp_path)
     original = search._offspring
 
     def offspring(parent, position):
-        if position.generation == 1 and position.rules.max_flips > 1:
+        if position.generation == 1 and position.rules.max_swaps > 1:
             raise MutationError("only 0 of 4 distinct offspring")
         return original(parent, position)
 
     search._offspring = offspring
     worker = Worker(search).start()
     assert worker.join(PATIENCE) and worker.status == "failed" and "distinct offspring" in worker.error
-    worker.send({"command": "set", "setting": "max_flips", "value": 1})
+    worker.send({"command": "set", "setting": "max_swaps", "value": 1})
     assert worker.start().join(PATIENCE) and worker.status == "finished"
 
 
@@ -230,7 +231,7 @@ CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from helpers import made_up, short_config, small_model, small_pools
-from evoprune_nb.pruning import LevelDatabase
+from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 model = small_model("llama-gqa")
 search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), made_up)
@@ -294,11 +295,11 @@ LEAVES = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from helpers import short_config, small_model, small_pools
-from evoprune_nb.pruning import LevelDatabase
+from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 from evoprune_nb.worker import Worker
 model = small_model("llama-gqa")
-search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(at_once=2))
+search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(n_jobs=2))
 evaluated, search._evaluate._side_by_side.work = search._evaluate._side_by_side.work, lambda *item: time.sleep(1) or evaluated(*item)
 Worker(search).start()
 time.sleep(0.5)
@@ -311,7 +312,7 @@ def test_a_script_that_ends_leaves_a_run_to_go_on_with(small, tmp_path):
     state = History(tmp_path / "run").state
     assert state["status"] == "stopped" and state["killed"]
     for name in ("run", "plain"):
-        Search(tmp_path / name, *small, small_pools(), short_config(at_once=2)).run(progress=False)
+        Search(tmp_path / name, *small, small_pools(), short_config(n_jobs=2)).run(progress=False)
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
