@@ -297,7 +297,7 @@ def test_a_run_that_another_process_drives(page, place, corpus):
 from pathlib import Path
 from evoprune_nb.selection import Stage
 from evoprune_nb.steering import SearchConfig
-from evoprune_nb.workbench import Source
+from evoprune_nb.ui.workbench import Source
 config = SearchConfig(generations=1000, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)))
 Source(text={str(corpus)!r}, seq_len=64, calibration_tokens=2048).make(Path("elsewhere"), config, print)[0].run(progress=False)
 """

@@ -192,7 +192,7 @@ def test_a_failed_run_leaves_the_last_report_whole(tmp_path, capsys):
     "When a later run of the same report fails, page, notebook, results and figures are still those of the run before, and the error names the cause."
     notebook = small_experiment(
         tmp_path / "fails.ipynb", 'size: int = 1  # of the bar\nfail: bool = False  # whether to\nreport_dir: str = ""  # where',
-        "from evoprune_nb.experiments import Report\nfrom evoprune_nb.figures import comparison_figure\nreport = Report(report_dir, {'size': size})\n"
+        "from evoprune_nb.paper.experiments import Report\nfrom evoprune_nb.paper.figures import comparison_figure\nreport = Report(report_dir, {'size': size})\n"
         "report.figure('bar', comparison_figure([{'name': 'a', 'before': [size], 'after': [size]}]))",
         "if fail: raise ValueError('made to fail')\nreport.finish({'size': size}, f'size {size}')")
     command = ["run", str(notebook), "--reports", str(tmp_path / "reports"), "--name", "it"]
@@ -301,7 +301,7 @@ def test_interrupted_command_continues(demo, corpus, tmp_path):
     "Ctrl-C in a terminal: one line, exit status 130, no kernel left behind; the same command then ends with the winner of the undisturbed run."
     values = BUDGETS["demo"] | {"text": str(corpus), "report_dir": "{}/reports/demo"}
     options = [word for name, value in values.items() for word in ("-p", name, value.replace("{}", str(tmp_path)))]
-    command = [sys.executable, "-c", "import sys; from evoprune_nb.commands import main; sys.exit(main())", "run", str(DEMO), *options]
+    command = [sys.executable, "-c", "import sys; from evoprune_nb.ui.cli import main; sys.exit(main())", "run", str(DEMO), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "runs" / "demo" / "events.jsonl"
     while process.poll() is None and (not log.exists() or b'"evaluation"' not in log.read_bytes()):

@@ -257,7 +257,7 @@ def test_no_pyplot(histories, tmp_path):
     "Importing, drawing and saving never import pyplot, so figures can be made in any thread."
     script = """
 import sys
-from evoprune_nb.figures import *
+from evoprune_nb.paper.figures import *
 from evoprune_nb.history import History
 history = History(sys.argv[1])
 for figure in (fitness_figure(history), stages_figure(history), lineage_figure(history), tokens_figure(history), genome_figure(history.winner, history.space), sparsity_figure(history.winner, history.space)):

@@ -78,7 +78,7 @@ import gc, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_planning import *
-from evoprune_nb.latency import peak_rss
+from evoprune_nb.machine.device import peak_rss
 torch.set_num_threads(1)
 load_model("tiny")  # so that what Python and transformers take is not counted
 Path("/proc/self/clear_refs").write_text("5")

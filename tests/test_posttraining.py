@@ -208,7 +208,7 @@ def test_two_processes_are_a_larger_batch(exported, corpus, tmp_path):
     plan = dict(n_tokens=4 * 4 * 32, seq_len=32, lr=1e-3, shuffle_blocks=4, autocast=False)
     large, call = post_train(exported, tmp_path / "one", corpus, PostTraining(batch_size=4, **plan)), (str(exported), str(tmp_path / "two"), PostTraining(batch_size=2, **plan), str(corpus))
     script = tmp_path / "script.py"
-    script.write_text(f"from evoprune_nb.posttraining import *\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
+    script.write_text(f"from evoprune_nb.ship.posttraining import *\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -267,7 +267,7 @@ def test_killed_training_continues_to_the_same_weights(exported, corpus, whole, 
     script = f"""
 import dataclasses, sys, time
 import transformers
-from evoprune_nb.posttraining import *
+from evoprune_nb.ship.posttraining import *
 class Slow(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         time.sleep(0 if state.global_step < 6 else 60)

@@ -318,7 +318,7 @@ def test_attach_to_a_finished_run(bench):
     bench_dir = bench().run_dir
     script = f"""
 import sys
-from evoprune_nb.workbench import attach
+from evoprune_nb.ui.workbench import attach
 panel = attach({str(bench_dir)!r})
 panel.close()
 panel.refresh()

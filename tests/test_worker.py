@@ -297,7 +297,7 @@ sys.path.insert(0, sys.argv[1])
 from helpers import short_config, small_model, small_pools
 from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
-from evoprune_nb.worker import Worker
+from evoprune_nb.ui.worker import Worker
 model = small_model("llama-gqa")
 search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(n_jobs=2))
 evaluated, search._evaluate._side_by_side.work = search._evaluate._side_by_side.work, lambda *item: time.sleep(1) or evaluated(*item)
@@ -319,7 +319,7 @@ def test_a_script_that_ends_leaves_a_run_to_go_on_with(small, tmp_path):
 THREADS = """
 import resource, sys, threading
 import torch
-from evoprune_nb.allocator import keep_freed_memory, share_freed_memory
+from evoprune_nb.machine.allocator import keep_freed_memory, share_freed_memory
 
 def work():
     for faults in (counts, again):

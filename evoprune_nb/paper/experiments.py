@@ -232,14 +232,14 @@ from pathlib import Path
 import pandas as pd
 
 from evoprune_nb.data import load_pools
-from evoprune_nb.experiments import Report
-from evoprune_nb.figures import fitness_figure, genome_figure
+from evoprune_nb.paper.experiments import Report
+from evoprune_nb.paper.figures import fitness_figure, genome_figure
 from evoprune_nb.history import History
 from evoprune_nb.models import load_model
 from evoprune_nb.database import build_database
 from evoprune_nb.search import Search, SearchConfig, fingerprints
 from evoprune_nb.steering import describe
-from evoprune_nb.worker import follow
+from evoprune_nb.replay import follow
 
 source = dict({names})
 report = Report(report_dir, source, device)
