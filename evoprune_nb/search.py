@@ -29,7 +29,7 @@ from .genome import Genome, level_grid, make_space
 from .models import model_fingerprint, prunable_units
 from .mutation import fit_budget, make_offspring
 from .database import LevelDatabase
-from .machine.lock import DriverLock
+from .machine.lock import DirectoryLock, contents
 from .runlog import EventLog, RunDiverged, read_events, write_state
 from .machine.device import provenance
 from .machine.files import write_json
@@ -91,7 +91,7 @@ class Search:
         if config.heldout_tokens:
             pools["heldout"].require(config.heldout_tokens)
         self._open(source)
-        self.status, self._log, self._lock = "stopped", None, DriverLock(self.run_dir)
+        self.status, self._log, self._lock = "stopped", None, DirectoryLock(self.run_dir, "attach to it to watch, or stop it there first")
         self._queue, self._mail = deque(), threading.Condition()
         self.position = self._end = self._folded(read_events(self.run_dir / "events.jsonl")[0])
 
@@ -111,7 +111,7 @@ class Search:
         else:
             if self.run_dir.exists() and not self.run_dir.is_dir():
                 raise ValueError(f"run directory {self.run_dir} is a file; choose another")
-            if self.run_dir.exists() and (foreign := [p.name for p in self.run_dir.iterdir() if p.name not in ("database", "config.json.tmp")]):
+            if foreign := [name for name in contents(self.run_dir) if name not in ("database", "config.json.tmp")]:
                 raise ValueError(f"run directory {self.run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
             about = {
                 "provenance": provenance(self.model.device), "budget": asdict(self.budget), "start": self.start.code, "space": asdict(self.space),
@@ -175,7 +175,7 @@ class Search:
 
     @contextmanager
     def driving(self) -> Iterator[None]:
-        "Hold the right to drive the run. Raises `RunBusy` when somebody else has it."
+        "Hold the right to drive the run. Raises `DirectoryBusy` when somebody else has it."
         with self._lock:
             if self._log is None or self._log.changed():  # the first time, or somebody else drove it meanwhile
                 self._rewind()

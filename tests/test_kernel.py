@@ -106,7 +106,7 @@ def test_cells_return_and_clicks_are_taken_while_the_worker_is_busy(kernel, plac
     try:
         second.run(SETUP.format(**place))
         second.run("bench = attach(run_dir)\nbench\nassert 'view only: driven by process' in bench.head.value and bench.start.disabled")
-        second.run("from evoprune_nb.machine.lock import RunBusy\nsearch, _ = source.make(bench.run_dir, config, print)\ntry:\n    search.step()\n    raise AssertionError('two drivers')\nexcept RunBusy as error:\n    print(error)")
+        second.run("from evoprune_nb.machine.lock import DirectoryBusy\nsearch, _ = source.make(bench.run_dir, config, print)\ntry:\n    search.step()\n    raise AssertionError('two drivers')\nexcept DirectoryBusy as error:\n    print(error)")
     finally:
         second.close()
 

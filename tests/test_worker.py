@@ -14,7 +14,7 @@ from helpers import events, made_up, short_config, small_pools
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.mutation import MutationError
-from evoprune_nb.machine.lock import DriverLock, RunBusy
+from evoprune_nb.machine.lock import DirectoryLock, DirectoryBusy
 from evoprune_nb.runlog import read_state
 from evoprune_nb.search import Search
 from evoprune_nb.ui.worker import Worker, worker_of
@@ -148,13 +148,13 @@ def test_two_panels_share_a_worker(gated, small, tmp_path, monkeypatch):
     worker, gate = gated
     monkeypatch.chdir(tmp_path)
     assert worker_of(tmp_path / "run") is worker_of("run") is worker_of("./run/../run") is worker and worker_of("other") is None
-    with pytest.raises(RunBusy, match="driven by a worker of this process"):
+    with pytest.raises(DirectoryBusy, match="driven by a worker of this process"):
         worker_in(tmp_path / "run", small, made_up)
-    with pytest.raises(RunBusy, match="by this worker already"):
+    with pytest.raises(DirectoryBusy, match="by this worker already"):
         worker.start()
-    with pytest.raises(RunBusy, match=r"driven by this process since 20\d\d"):
+    with pytest.raises(DirectoryBusy, match=r"written by this process since 20\d\d"):
         worker.search.step()
-    with pytest.raises(RunBusy, match="driven by this process"):
+    with pytest.raises(DirectoryBusy, match="written by this process"):
         Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).run(progress=False)
     assert History(tmp_path / "run").state["status"] == "running"  # reading is free
     worker.send({"command": "stop"})
@@ -202,7 +202,7 @@ def test_a_failure_ends_the_thread_not_the_process(small, tmp_path):
     assert worker.join(PATIENCE) and worker.status == "failed" and "out of memory in the made-up evaluator" in worker.error and "fails_once" in worker.error
     state = History(tmp_path / "run").state
     assert state["status"] == "failed" and state["error"].startswith("Traceback") and state["error"].rstrip().endswith("out of memory in the made-up evaluator") and state["generation"] == 0
-    with DriverLock(tmp_path / "run"):  # free
+    with DirectoryLock(tmp_path / "run"):  # free
         pass
     assert worker.start().join(PATIENCE) and worker.status == "finished" and worker.error is None
     assert len(calls) == len(History(tmp_path / "run").evaluations) + 1 and History(tmp_path / "run").state["error"] is None
@@ -251,7 +251,7 @@ def test_another_process_that_drives_is_respected(small, tmp_path):
         search = Search(tmp_path / "run", *small, small_pools(), short_config(), made_up)
         worker = Worker(search)
         for drive in (worker.start, search.step, lambda: search.run(progress=False)):
-            with pytest.raises(RunBusy, match=rf"driven by process {child.pid} on \S+ since 20\d\d.*attach to it to watch"):
+            with pytest.raises(DirectoryBusy, match=rf"written by process {child.pid} on \S+ since 20\d\d.*attach to it to watch"):
                 drive()
         assert not worker.alive and worker.error is None
         history = History(tmp_path / "run")

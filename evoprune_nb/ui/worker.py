@@ -12,7 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from ..machine.allocator import share_freed_memory
-from ..machine.lock import RunBusy
+from ..machine.lock import DirectoryBusy
 from ..search import Search
 
 # %% ../../nbs/ui/00_worker.ipynb #7bb349ed
@@ -31,7 +31,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         with _REGISTERING:
             if (other := worker_of(search.run_dir)) and other.alive:
-                raise RunBusy(f"{search.run_dir} is being driven by a worker of this process; worker_of({str(search.run_dir)!r}) is it")
+                raise DirectoryBusy(f"{search.run_dir} is being driven by a worker of this process; worker_of({str(search.run_dir)!r}) is it")
             _WORKERS[search.run_dir.resolve()] = self
 
     @property
@@ -49,9 +49,9 @@ class Worker:
         return self.search.send(command)
 
     def start(self) -> "Worker":
-        "Begin, or go on after a stop, an error or the end. Raises `RunBusy` when somebody else drives the run."
+        "Begin, or go on after a stop, an error or the end. Raises `DirectoryBusy` when somebody else drives the run."
         if self.alive:
-            raise RunBusy(f"{self.search.run_dir} is being driven by this worker already")
+            raise DirectoryBusy(f"{self.search.run_dir} is being driven by this worker already")
         share_freed_memory()
         began, refused = threading.Event(), []
         self._thread = threading.Thread(target=self._work, args=(began, refused), name=f"search {self.search.run_dir.name}", daemon=True)
