@@ -6,6 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'LevelDatabase', 'CalibrationPlan', 'plan_calibration', 'build_database', 'Example', 'tiny_example']
 
 # %% ../nbs/07_database.ipynb #3553071c
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from .costs import CONTEXT_TOKENS
 from .data import TokenPool, load_pools
-from .genome import level_grid, make_space
+from .genome import Space, level_grid, make_space
 from .machine.allocator import keep_freed_memory
 from .models import Unit, load_model, model_fingerprint, prunable_units
 from .pruning import PrunedUnit, collect_hessians, kept_structures, prune_unit
@@ -80,7 +81,20 @@ class LevelDatabase:
                 if _sha256(self.directory / row["file"]) != row["sha256"]:
                     raise ValueError(f"{self.directory / row['file']} is damaged: its checksum differs from the manifest's; delete it and call build_database again")
         self.errors = [row["errors"] for row in rows]
-        self.space = make_space(model, self.units, self.manifest["removed"], [row["kv_kept"] for row in rows], self.manifest["model"], context_tokens)
+        self._space = make_space(model, self.units, self.manifest["removed"], [row["kv_kept"] for row in rows], self.manifest["model"], context_tokens)
+
+    @property
+    def space(self) -> Space:
+        "The genomes that this database has the weights of, and what they cost."
+        return self._space
+
+    def with_space(self, space: Space) -> "LevelDatabase":
+        "The same files with other costs of the same genomes, as those of `with_latency`."
+        if space.fingerprint != self.space.fingerprint:
+            raise ValueError(f"the space is of another database: its fingerprint is {space.fingerprint}, this one's is {self.space.fingerprint}")
+        other = copy.copy(self)
+        other._space = space
+        return other
 
     @cached_property
     def _files(self) -> list:

@@ -16,7 +16,7 @@ from .data import TokenPool
 from .database import LevelDatabase
 from .genome import Genome
 from .history import History
-from .judge.unit_latency import require_latency
+from .latency_table import with_stored_latency
 from .runlog import RunDiverged
 from .search import Search, fingerprints
 from .selection import Evaluation
@@ -66,7 +66,8 @@ def replay(
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)
-    require_latency(model, database, recorded.config.limits)
+    if "latency" in (recorded.config.limits or {}):
+        database = with_stored_latency(model, database)
     mine = fingerprints(database, pools, recorded.config)
     if differing := [f"{name} ({theirs} there, {mine.get(name)} here)" for name, theirs in recorded.settings["fingerprints"].items() if mine.get(name) != theirs]:
         raise ValueError(f"{run_dir} was made with another {', '.join(differing)}")

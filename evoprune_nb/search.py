@@ -39,7 +39,7 @@ from .steering import SearchState, check_command
 from .config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
 from .training import Training
 from .losses import next_token_loss
-from .judge.unit_latency import require_latency
+from .latency_table import with_stored_latency
 
 # %% ../nbs/17_search.ipynb #a4ba3d9a
 def _to_json(evaluation: Evaluation) -> dict:
@@ -75,8 +75,9 @@ class Search:
         evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # (genome, generation, stage) → evaluation, instead of `Evaluator`
         source: dict | None = None,  # how model, database and text were made, for `to_notebook` and `export`: model_name, dtype, text, seq_len, calibration_tokens, heads, n_levels
     ):
+        if "latency" in (config.limits or {}):
+            database = with_stored_latency(model, database)
         self.run_dir, self.model, self.database, self.pools, self.config = Path(run_dir), model, database, pools, config
-        require_latency(model, database, config.limits)
         self.space = database.space
         if (mine := model_fingerprint(model)) != self.space.model:
             raise ValueError(f"the level database is of another model: its fingerprint is {self.space.model}, this model's is {mine}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import made_up, random_blocks, short_config, small_model, small_pools
 
+from evoprune_nb import latency_table
 from evoprune_nb.judge import unit_latency
 from evoprune_nb.target import plan_budget
 from evoprune_nb.genome import Genome, Space
@@ -15,7 +16,8 @@ from evoprune_nb.models import decoder_layers
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.search import Search, check_search
-from evoprune_nb.judge.unit_latency import PHASES, measure_unit_latency, open_unit_latency, unit_shape, with_latency
+from evoprune_nb.judge.unit_latency import measure_unit_latency
+from evoprune_nb.latency_table import PHASES, open_unit_latency, unit_shape, with_latency, with_stored_latency
 from evoprune_nb.replay import replay
 
 QUICK = dict(prompt_tokens=8, warmup=0, repeats=3, progress=False)
@@ -134,7 +136,7 @@ def test_other_conditions_are_named(measured, tmp_path, monkeypatch):
     (other.directory / "latency.json").write_text((database.directory / "latency.json").read_text())
     with pytest.raises(ValueError, match=r"database \('\w{16}' there, '\w{16}' here\)"):
         open_unit_latency(model, other)
-    monkeypatch.setattr(unit_latency, "device_name", lambda device: "cpu: abacus")
+    monkeypatch.setattr(latency_table, "device_name", lambda device: "cpu: abacus")
     with pytest.raises(ValueError, match="device .*'cpu: abacus' here"):
         open_unit_latency(model, database)
     assert open_unit_latency(model, database, elsewhere=True) == table  # measured there on purpose
@@ -156,6 +158,20 @@ def test_a_table_of_another_space_is_refused(measured, tmp_path):
     other = build_database(model, random_blocks(), tmp_path / "other", n_levels=4, progress=False)
     with pytest.raises(ValueError, match="another space"):
         with_latency(other.space, table)
+
+
+def test_a_database_is_never_changed_from_outside(measured, tmp_path):
+    "Seconds join the costs of another view of the same files; a space of other genomes is refused, and so is assignment."
+    model, database, table = measured
+    timed = with_stored_latency(model, database)
+    assert "latency" in timed.space.costs and "latency" not in database.space.costs
+    assert timed.fingerprint == database.fingerprint and torch.equal(timed.weight(0, 1), database.weight(0, 1))
+    assert with_stored_latency(model, timed) is timed
+    with pytest.raises(AttributeError):
+        database.space = timed.space
+    other = build_database(model, random_blocks(), tmp_path / "other", n_levels=4, progress=False)
+    with pytest.raises(ValueError, match="the space is of another database"):
+        database.with_space(other.space)
 
 
 def test_new_tokens_can_be_changed_without_measuring_again(measured, monkeypatch):

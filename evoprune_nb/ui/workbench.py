@@ -39,7 +39,8 @@ from ..runlog import read_state
 from ..search import Search, check_search
 from ..config import SearchConfig
 from ..steering import describe
-from ..judge.unit_latency import measure_unit_latency, with_latency
+from ..judge.unit_latency import measure_unit_latency
+from ..latency_table import with_latency
 from .worker import Worker, worker_of
 
 # %% ../../nbs/ui/03_workbench.ipynb #0cafadfa
@@ -88,7 +89,8 @@ class Source:
         database = build_database(model, blocks, run_dir / "database", self.heads, self.n_levels, progress=False)
         if self.latency and (not (run_dir / "config.json").exists() or "latency" in (config.limits or {})):  # a run keeps the costs that it began with
             say("timing the units")
-            database.space = with_latency(database.space, measure_unit_latency(model, database, prompt_tokens=self.seq_len, progress=False))
+            table = measure_unit_latency(model, database, prompt_tokens=self.seq_len, progress=False)
+            database = database.with_space(with_latency(database.space, table))
         say("opening the run")
         return Search(run_dir, model, database, pools, config, source=asdict(self)), tokenizer
 
