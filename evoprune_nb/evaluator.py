@@ -26,7 +26,7 @@ from .losses import cross_entropy, final_hidden, head_is_linear, kl_divergence, 
 from .machine.allocator import keep_freed_memory, share_freed_memory
 from .models import decoder_layers
 from .pruning import layer_span
-from .selection import FITNESS, Evaluation, Stage, check_restart, check_text, scoring_pool
+from .selection import FITNESS, Evaluation, Stage, check_warm_start, check_text, scoring_pool
 from .training import MasterOptimizer, Training, train
 
 # %% ../nbs/13_evaluator.ipynb #1fe01fd4
@@ -182,22 +182,22 @@ class Evaluator:
         training: Training = Training(),  # how candidates are tuned
         fitness: str = "kl",  # "kl" to the dense model, or "perplexity"
         seed: int = 0,  # the run's seed
-        restart: str = "restart",  # "restart": each stage starts from the database; "continue": from the stage before
+        warm_start: bool = False,  # a survivor keeps its tuned weights; otherwise each stage starts from the database
         batch_size: int = SCORING_BATCH,  # blocks per forward pass of scoring
         n_jobs: int = 1,  # candidates evaluated side by side, each with its share of the cores
     ):
         if fitness not in FITNESS:
             raise ValueError(f"fitness {fitness!r} is unknown; use one of {', '.join(FITNESS)}")
-        check_restart(restart, stages)
+        check_warm_start(warm_start, stages)
         if not head_is_linear(model):
             raise ValueError(f"{type(model).__name__} scales or caps its logits after the head; such models cannot be scored here yet")
         check_text(pools, stages)
         self.model, self.database, self.pools, self.stages = model, database, pools, tuple(stages)
-        self.training, self.fitness, self.seed, self.restart, self.batch_size = training, fitness, seed, restart, batch_size
+        self.training, self.fitness, self.seed, self.warm_start, self.batch_size = training, fitness, seed, warm_start, batch_size
         self.reference: Genome | None = None  # untuned candidates start from this genome's hidden states; never changes a result
         self._scoring: tuple = (None, None, None, None)  # (generation, stage), batches of blocks, the dense model's hidden states, its head
         self._prefix: tuple = (None, None)  # (generation, stage, reference), hidden states by layer and batch
-        self._kept: dict[tuple[int, str], _Tuned] = {}  # (generation, genome) → survivors so far, with restart="continue"
+        self._kept: dict[tuple[int, str], _Tuned] = {}  # (generation, genome) → survivors so far, with warm starts
         self._side_by_side, self._lock = CandidatePool(self._evaluated, n_jobs), threading.RLock()  # the lock guards what evaluations share
 
     @torch.no_grad()
@@ -256,7 +256,7 @@ class Evaluator:
     def _portion(self, generation: int, stage: int) -> tuple[torch.Tensor, int]:
         "The blocks that a stage trains on, and the number of steps of the whole schedule that they are part of."
         draw, size = self.pools["tuning"].draw, self.training.batch_size
-        if self.restart == "restart":
+        if not self.warm_start:
             blocks = draw(self.stages[stage].tuning_tokens, derive_seed(self.seed, generation, stage, "tuning"))
             return blocks, -(-len(blocks) // size)
         ends = [0, *(s.tuning_tokens // self.pools["tuning"].seq_len for s in self.stages)]
@@ -268,7 +268,7 @@ class Evaluator:
         with self._lock:
             tuned = self._kept.pop((generation, genome.code), None)
         tuned = tuned or _Tuned(materialize(self.model, self.database, genome, trainable=self.stages[stage].tuning_tokens > 0))
-        portions = [stage] if self.restart == "restart" else range(tuned.stage + 1, stage + 1)
+        portions = range(tuned.stage + 1, stage + 1) if self.warm_start else [stage]
         for index in portions:
             if tuned.finite and self.stages[index].tuning_tokens:
                 self._train(tuned, *self._portion(generation, index))
@@ -317,7 +317,7 @@ class Evaluator:
         tuned.fitness, scored = (math.inf, 0) if why else self.score(tuned.model, generation, stage, untuned)
         if not math.isfinite(tuned.fitness):
             tuned.fitness, why = math.inf, why or "non-finite fitness"
-        if self.restart == "continue" and tuned.tokens and not why and stage + 1 < len(self.stages):
+        if self.warm_start and tuned.tokens and not why and stage + 1 < len(self.stages):
             self._keep(generation, genome, tuned)
         loss = tuned.loss if tuned.loss is None or math.isfinite(tuned.loss) else None
         return Evaluation(generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, (time.perf_counter() - start) / n_beside, why)

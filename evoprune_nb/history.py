@@ -32,7 +32,7 @@ class _Generation:
     def add(self, row: dict) -> None:
         "Take in an event."
         if row["event"] == "evaluation":
-            before = self._trained.get(row["genome"], 0) if self.rules.restart == "continue" else 0
+            before = self._trained.get(row["genome"], 0) if self.rules.warm_start else 0
             self._trained[row["genome"]] = row["tuning_tokens"]
             self.evaluations.append(row | {"branch": self.branch, "new_tokens": row["tuning_tokens"] - before, "is_parent": row["genome"] == self.begin["parent"]})
         elif row["event"] == "elimination":

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from .config import present_event
 from .machine.device import peak_rss
 from .machine.files import write_json
 
@@ -26,7 +27,7 @@ def _event(path: str | Path, line: bytes, at: int) -> dict:
         row = None
     if not isinstance(row, dict) or "event" not in row:
         raise ValueError(f"{path} is damaged: the line at byte {at:,} is no event ({line[:40]!r}); restore the file, or cut it off at {at} bytes to continue from there")
-    return row
+    return present_event(row)
 
 
 def read_events(

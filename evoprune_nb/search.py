@@ -295,7 +295,7 @@ class Search:
         wanted = (rules.stages, rules.training, rules.fitness, branch)
         if self._made_for != wanted:
             self._made_for = wanted
-            self._evaluate = self._evaluator or Evaluator(self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, self._seed(branch), rules.restart, n_jobs=self.config.n_jobs)
+            self._evaluate = self._evaluator or Evaluator(self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, self._seed(branch), rules.warm_start, n_jobs=self.config.n_jobs)
         if hasattr(self._evaluate, "reference"):
             self._evaluate.reference = self.parent
 

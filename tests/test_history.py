@@ -137,10 +137,10 @@ def test_commands_and_notes(steered):
     assert history.notes.text.tolist() == ["begin", "third way"] and history.notes.branch.tolist() == [0, 2] and all(history.commands.command.map(lambda row: row["command"]) == history.commands["name"])
 
 
-@pytest.mark.parametrize("restart", ["restart", "continue"])
-def test_tokens_and_progress_of_real_evaluations(small, tmp_path, restart):
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_tokens_and_progress_of_real_evaluations(small, tmp_path, warm_start):
     "With real training: tallies are tokens trained on, not tokens seen; abandoned work is counted; the plan is met at the end, and work only grows while what is left shrinks."
-    config = short_config(generations=3, restart=restart, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
+    config = short_config(generations=3, warm_start=warm_start, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
     history, trained, plan = History(tmp_path / "run"), [], generation_tokens(ActiveConfig.of(config), 16)
     original = Search._prepare_evaluator

@@ -33,7 +33,7 @@ CONFIG = SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ)
 def one_generation(model, database, pools, config=CONFIG) -> list:
     "Run one generation from the uniform parent, as a search does."
     budget, parent = plan_budget(database.space, config.sparsity)
-    evaluate = Evaluator(model, database, pools, config.stages, config.training, restart=config.restart)
+    evaluate = Evaluator(model, database, pools, config.stages, config.training, warm_start=config.warm_start)
     evaluate.reference = parent
     return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluate, 0))
 
@@ -104,12 +104,12 @@ def test_candidates_side_by_side_take_memory_each():
         SearchConfig(n_jobs=0)
 
 
-@pytest.mark.parametrize("restart, stages", [
-    ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 0, 16 * SEQ))), ("restart", (Stage(2, 0, 8 * SEQ), Stage(1, 4 * SEQ, SEQ))), ("continue", (Stage(3, 2 * SEQ, SEQ), Stage(2, 2 * SEQ, SEQ), Stage(1, 4 * SEQ, SEQ)))])
-def test_memory_of_schedules(tiny, corpus, tokenizer, database, restart, stages):
+@pytest.mark.parametrize("warm_start, stages", [
+    (False, (Stage(2, 0, 8 * SEQ), Stage(1, 0, 16 * SEQ))), (False, (Stage(2, 0, 8 * SEQ), Stage(1, 4 * SEQ, SEQ))), (True, (Stage(3, 2 * SEQ, SEQ), Stage(2, 2 * SEQ, SEQ), Stage(1, 4 * SEQ, SEQ)))])
+def test_memory_of_schedules(tiny, corpus, tokenizer, database, warm_start, stages):
     "Stages without tuning keep the reference's states; warm starts keep survivors with their optimizers."
     pools = load_pools(corpus, tokenizer, SEQ, {"calibration": SEQ, "tuning": 4 * SEQ, "scoring": 16 * SEQ})
-    config = SearchConfig(generations=1, offspring=4, stages=stages, training=Training(batch_size=2), restart=restart)
+    config = SearchConfig(generations=1, offspring=4, stages=stages, training=Training(batch_size=2), warm_start=warm_start)
     measured = sum(parameter.nbytes for parameter in tiny.parameters()) + peak_of_tensors(lambda: one_generation(tiny, database, pools, config))
     assert plan("tiny", config, seq_len=SEQ, dtype="float32").phases[1].memory_bytes == pytest.approx(measured, rel=0.2)
 
@@ -182,13 +182,13 @@ def test_what_no_text_could_fill_is_refused(stage, post_tokens, named):
 
 
 def test_planned_tokens_are_those_of_a_search(corpus, tokenizer, tiny, database):
-    "Tokens of one generation, counted off real evaluations, for both ways to restart; the dense model's own scoring pass is one more per stage."
+    "Tokens of one generation, counted off real evaluations, with and without warm starts; the dense model's own scoring pass is one more per stage."
     stages = (Stage(2, 128, 128), Stage(1, 256, 64))
     pools = load_pools(corpus, tokenizer, 64, {"calibration": 64, "tuning": 512, "scoring": 512})
-    for restart in ("restart", "continue"):
-        config = SearchConfig(generations=3, offspring=3, stages=stages, restart=restart)
+    for warm_start in (False, True):
+        config = SearchConfig(generations=3, offspring=3, stages=stages, warm_start=warm_start)
         evaluations = [event for event in one_generation(tiny, database, pools, config) if hasattr(event, "fitness")]
-        if restart == "restart":
+        if not warm_start:
             tuned = sum(evaluation.tuning_tokens for evaluation in evaluations)
         else:  # what each candidate has seen at the end
             tuned = sum({evaluation.genome: evaluation.tuning_tokens for evaluation in evaluations}.values())

@@ -108,14 +108,14 @@ def test_real_evaluations_resume_to_the_same_numbers(small, real, tmp_path, shar
     assert events(copy) == events(run_dir)
 
 
-@pytest.mark.parametrize("restart", ["restart", "continue"])
-def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, restart):
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, warm_start):
     "One candidate at a time or three with a core each, interrupted and resumed in the middle of a stage, with a command in between: the same events."
     command, threads = {"command": "set", "setting": "offspring", "value": 5, "when": "now"}, torch.get_num_threads()
 
     def steered(run_dir, n_jobs, cut_at=None):
         def begun():
-            return search_in(run_dir, small, short_config(restart=restart, n_jobs=n_jobs))
+            return search_in(run_dir, small, short_config(warm_start=warm_start, n_jobs=n_jobs))
 
         search = begun()
         for i in range(7):
@@ -137,7 +137,7 @@ def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, restart)
         torch.set_num_threads(threads)
     assert "abandoned" in {row["event"] for row in events(tmp_path / "alone")}
     with pytest.raises(ValueError, match="n_jobs"):
-        search_in(tmp_path / "three", small, short_config(restart=restart))
+        search_in(tmp_path / "three", small, short_config(warm_start=warm_start))
 
 
 def test_an_error_beside_others_stops_the_search_as_one_alone(small, tmp_path, monkeypatch):

@@ -136,16 +136,16 @@ CONTINUED = (Stage(3, 32, 48), Stage(2, 64, 48), Stage(1, 128, 48))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_continued_stages_are_one_uninterrupted_training(tmp_path, dtype):
-    "With restart='continue', a survivor scored in a stage is bitwise the candidate trained in one go on all tokens up to there, whether its tuned weights were kept or (as after a resume) not."
+    "With warm starts, a survivor scored in a stage is bitwise the candidate trained in one go on all tokens up to there, whether its tuned weights were kept or (as after a resume) not."
     model, pools, training = small_model("llama-gqa").to(dtype), small_pools(), Training(lr=1e-2, batch_size=2)
     database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
     genomes = [database.space.genome([3, 3, 3, 5, 5, 4 + i]) for i in range(3)]
-    kept = Evaluator(model, database, pools, CONTINUED, training, restart="continue")
+    kept = Evaluator(model, database, pools, CONTINUED, training, warm_start=True)
     found = [[kept(genome, 5, stage) for genome in genomes] for stage in range(3)]
     blocks = pools["tuning"].draw(128, derive_seed(0, 5, "tuning"))
     for stage, evaluations in enumerate(found):
         for genome, evaluation in zip(genomes, evaluations):
-            fresh = Evaluator(model, database, pools, CONTINUED, training, restart="continue")
+            fresh = Evaluator(model, database, pools, CONTINUED, training, warm_start=True)
             candidate = materialize(model, database, genome)
             train(candidate, blocks[: CONTINUED[stage].tuning_tokens // pools["tuning"].seq_len], training)
             assert evaluation.fitness == fresh(genome, 5, stage).fitness == fresh.score(candidate, 5, stage)[0]
@@ -157,7 +157,7 @@ def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypa
     model, database = small
     genomes, trained, real = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(4)], [], selection.train
     monkeypatch.setattr(selection, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
-    evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), restart="continue")
+    evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), warm_start=True)
     first = sorted((evaluate(genome, 0, 0) for genome in genomes), key=lambda evaluation: evaluation.fitness)
     assert trained == [32] * 4 and sorted(code for _, code in evaluate._kept) == sorted(e.genome for e in first[:3])
     for evaluation in first[:3]:
@@ -171,8 +171,8 @@ def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("restart, stages", [("restart", (Stage(3, 0, 48), Stage(3, 96, 48))), ("continue", CONTINUED)])
-def test_side_by_side_changes_no_bit(tmp_path, dtype, restart, stages):
+@pytest.mark.parametrize("warm_start, stages", [(False, (Stage(3, 0, 48), Stage(3, 96, 48))), (True, CONTINUED)])
+def test_side_by_side_changes_no_bit(tmp_path, dtype, warm_start, stages):
     "However many are evaluated at once, with a core each: the same fitness, losses and tokens, with tuning and without, whether survivors keep their weights or not. With more cores each, the same from any place in a stage."
     model, pools = small_model("llama-gqa").to(dtype), small_pools()
     database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
@@ -180,7 +180,7 @@ def test_side_by_side_changes_no_bit(tmp_path, dtype, restart, stages):
     threads = torch.get_num_threads()
 
     def evaluator(n_jobs: int, n_cores: int) -> Evaluator:
-        evaluate = Evaluator(model, database, pools, stages, Training(lr=1e-2, batch_size=2), restart=restart, n_jobs=n_jobs)
+        evaluate = Evaluator(model, database, pools, stages, Training(lr=1e-2, batch_size=2), warm_start=warm_start, n_jobs=n_jobs)
         evaluate.reference = family[0]
         torch.set_num_threads(n_cores)
         return evaluate
@@ -258,12 +258,12 @@ def test_work_side_by_side_ends_when_it_is_not_wanted():
 
 
 def test_continue_refuses_schedules_that_shrink(small):
-    "Training cannot go on to fewer tokens; an unknown way to restart is named."
+    "Training cannot go on to fewer tokens; warm_start is a yes or no."
     model, database = small
     with pytest.raises(ValueError, match=r"never fall.*\[64, 32\]"):
-        Evaluator(model, database, small_pools(), (Stage(2, 64, 32), Stage(1, 32, 32)), restart="continue")
-    with pytest.raises(ValueError, match="'warm'.*restart, continue"):
-        Evaluator(model, database, small_pools(), STAGES, restart="warm")
+        Evaluator(model, database, small_pools(), (Stage(2, 64, 32), Stage(1, 32, 32)), warm_start=True)
+    with pytest.raises(ValueError, match="True or False; got 'continue'"):
+        Evaluator(model, database, small_pools(), STAGES, warm_start="continue")
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "mistral"])
@@ -292,21 +292,21 @@ def test_reusing_the_reference_changes_no_bit(tmp_path, family, fitness):
 
 
 def test_a_candidate_costs_its_own_size_and_no_more(tokenizer, corpus, tmp_path):
-    "In training: its weights and gradients, masters and two moments. Without: its own smaller layers at most. With restart='continue', the survivors wait with theirs, but for the gradients."
+    "In training: its weights and gradients, masters and two moments. Without: its own smaller layers at most. With warm starts, the survivors wait with theirs, but for the gradients."
     model, _ = load_model("tiny", dtype="bfloat16")
     database = build_database(model, random_blocks(4, 16), tmp_path / "database", progress=False)
     pools = load_pools(corpus, tokenizer, 8, {"tuning": 64, "scoring": 64})
     genomes = [database.space.genome([5] * 16), database.space.genome([4, 6, *[5] * 14]), database.space.genome([6, 4, *[5] * 14])]
     size, own = database.space.n_params(genomes[0]), database.space.n_params(genomes[0]) - database.space.fixed_params
 
-    def peak(restart: str, stage: int) -> int:
-        evaluate = Evaluator(model, database, pools, (Stage(2, 0, 8), Stage(2, 32, 8), Stage(1, 64, 8)), Training(batch_size=1), restart=restart)
+    def peak(warm_start: bool, stage: int) -> int:
+        evaluate = Evaluator(model, database, pools, (Stage(2, 0, 8), Stage(2, 32, 8), Stage(1, 64, 8)), Training(batch_size=1), warm_start=warm_start)
         evaluate(genomes[0], 0, stage)
         return peak_of_tensors(lambda: [evaluate(genome, 0, stage) for genome in genomes[1:]])
 
-    assert peak("restart", 0) < 1.1 * 2 * own
-    assert peak("restart", 1) < 1.05 * size * (2 + 4 + 8 + 4)  # so small a model has gradients in float32 all at once, and none in bfloat16 by then
-    assert peak("continue", 1) < 1.05 * size * (2 + 4 + 8 + 4 + 2 + 4 + 8)  # one more survives and waits
+    assert peak(False, 0) < 1.1 * 2 * own
+    assert peak(False, 1) < 1.05 * size * (2 + 4 + 8 + 4)  # so small a model has gradients in float32 all at once, and none in bfloat16 by then
+    assert peak(True, 1) < 1.05 * size * (2 + 4 + 8 + 4 + 2 + 4 + 8)  # one more survives and waits
 
 
 @st.composite

@@ -118,10 +118,10 @@ def test_injected_genomes_must_meet_the_budget(space, sparsity):
             check_command({"command": "inject", "genome": dense.code}, rules, space)
 
 
-@pytest.mark.parametrize("restart", ["restart", "continue"])
-def test_planned_tokens_are_those_that_a_generation_takes(small, tmp_path, restart):
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_planned_tokens_are_those_that_a_generation_takes(small, tmp_path, warm_start):
     "Counted off real evaluations: tokens actually trained on and scored, in whole blocks."
-    config = short_config(generations=1, restart=restart, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
+    config = short_config(generations=1, warm_start=warm_start, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
     search.run(progress=False)
     assert History(tmp_path / "run").tokens == generation_tokens(ActiveConfig.of(config), seq_len=16)
@@ -347,12 +347,12 @@ def test_rules_decide_how_candidates_are_evaluated(small, tmp_path):
     assert parent[0] != parent[1]  # the same genome on other tokens
 
 
-@pytest.mark.parametrize("restart", ["restart", "continue"])
-def test_steered_real_evaluations_resume_to_the_same_numbers(small, tmp_path, restart):
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_steered_real_evaluations_resume_to_the_same_numbers(small, tmp_path, warm_start):
     "A run with all kinds of commands, killed at a dozen places, its remaining commands sent again at theirs: bitwise the same events."
     from evoprune_nb.replay import commands_of, follow
 
-    config = short_config(restart=restart, stages=(Stage(3, 32, 32), Stage(2, 64, 32), Stage(1, 128, 48)))
+    config = short_config(warm_start=warm_start, stages=(Stage(3, 32, 32), Stage(2, 64, 32), Stage(1, 128, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
     for command in (set_("lr", 0.01), {"command": "freeze", "units": ["mlp.00"]}, set_("sparsity", 0.4, "now"), set_("offspring", 5, "now"), {"command": "branch", "generation": 0}, set_("fitness", "perplexity")):
         steps(search, 4)
