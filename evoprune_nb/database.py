@@ -105,6 +105,16 @@ class LevelDatabase:
         "Per unit: structures in the order of removal."
         return [file.get_tensor("order").long() for file in self._files]
 
+    def require_begin(
+        self,
+        begin: Sequence[int],  # token ids that the model's tokenizer puts in front of a text, see `data.begin_tokens`
+    ) -> None:
+        "Raise `ValueError` when the tokenizer begins sequences in a way that the calibration text did not."
+        if begin and self.manifest.get("begin") != begin[0]:
+            raise ValueError(
+                f"{self.directory} was calibrated on text without the token (id {begin[0]}, BOS) that this model's tokenizer begins a sequence with: "
+                "its weights fit a state that the model is never used in; build a new database in another directory")
+
     def kept(self, unit: int, level: int) -> torch.Tensor:
         "Indices of the structures a unit keeps at a level, ascending."
         return kept_structures(self.orders[unit], self.space.removed[unit][level])
@@ -183,6 +193,14 @@ def _check_disk(directory: Path, needed: int) -> None:
         raise OSError(f"the level database needs {needed / 1e9:.2f} GB, but {there} has {free / 1e9:.2f} GB free; choose another directory or fewer levels")
 
 
+def _common_first_token(model: nn.Module, blocks: torch.Tensor) -> int | None:
+    "The token that all blocks begin with, if there is one. A single block counts only if it begins with the model's BOS."
+    first = blocks[:, 0].unique().tolist()
+    if len(first) > 1 or (len(blocks) == 1 and first[0] != model.config.bos_token_id):
+        return None
+    return first[0]
+
+
 def _is_whole(directory: Path, row: dict | None) -> bool:
     "Whether a unit's file is there, with the checksum that the manifest says."
     return row is not None and (directory / row["file"]).exists() and _sha256(directory / row["file"]) == row["sha256"]
@@ -197,6 +215,10 @@ def _start_manifest(path: Path, settings: dict) -> dict:
         _write_atomically(path, json.dumps(settings | {"built": {}}, indent=1))
     manifest = json.loads(path.read_text())
     differing = [key for key in settings if manifest.get(key) != json.loads(json.dumps(settings[key]))]
+    if "begin" in differing:
+        raise ValueError(
+            f"{path.parent} holds a level database of text that begins otherwise (first token of its blocks: {manifest.get('begin')}, here: {settings['begin']}); "
+            "models whose tokenizer adds BOS are calibrated with it; choose another directory or delete it")
     if differing:
         raise ValueError(f"{path.parent} holds a level database built differently ({', '.join(differing)}); choose another directory or delete it")
     return manifest
@@ -220,7 +242,7 @@ def build_database(
     removed = level_grid(units, heads, n_levels, grid)
     settings = {
         "format": FORMAT_VERSION, "model": model_fingerprint(model), "data": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16],
-        "calibration_tokens": blocks.numel(), "seq_len": blocks.shape[1], "heads": heads, "damping": damping, "removed": removed, "units": [asdict(unit) for unit in units]}
+        "calibration_tokens": blocks.numel(), "seq_len": blocks.shape[1], "begin": _common_first_token(model, blocks), "heads": heads, "damping": damping, "removed": removed, "units": [asdict(unit) for unit in units]}
     manifest = _start_manifest(directory / "manifest.json", settings)
     levels = dict(zip((unit.name for unit in units), removed))
     missing = [unit for unit in units if not _is_whole(directory, manifest["built"].get(unit.name))]

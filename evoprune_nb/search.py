@@ -91,6 +91,7 @@ class Search:
         self._brood()  # raises if the mutation cannot keep the budget
         if config.heldout_tokens:
             pools["heldout"].require(config.heldout_tokens)
+        database.require_begin(pools["scoring"].begin)
         self._open(source)
         self.status, self._log, self._lock = "stopped", None, DirectoryLock(self.run_dir, "attach to it to watch, or stop it there first")
         self._queue, self._mail = deque(), threading.Condition()
@@ -116,7 +117,7 @@ class Search:
                 raise ValueError(f"run directory {self.run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
             about = {
                 "provenance": provenance(self.model.device), "budget": asdict(self.budget), "start": self.start.code, "space": asdict(self.space),
-                "pools": {name: {"seq_len": pool.seq_len, "n_tokens": pool.n_tokens} for name, pool in self.pools.items()}, **({"source": source} if source else {})}
+                "pools": {name: {"seq_len": pool.seq_len, "n_tokens": pool.n_tokens, "begin": list(pool.begin)} for name, pool in self.pools.items()}, **({"source": source} if source else {})}
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 write_json(path, mine | about)

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -70,6 +71,20 @@ def small_model(family: str, seed: int = 0, attention: str | None = None) -> nn.
 def random_blocks(n_blocks: int = 16, seq_len: int = 32, seed: int = 0) -> torch.Tensor:
     "Random tokens, (n_blocks, seq_len)."
     return torch.randint(1, VOCABULARY, (n_blocks, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+BOS, EOS = 1, 2
+TEMPLATES = {"bos": "<s> $A", "bos and eos": "<s> $A </s>", "eos": "$A </s>", "none": "$A"}  # kind of tokenizer → what it puts around a text
+WORDS = [f"w{i}" for i in range(3, VOCABULARY)]
+
+
+def word_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+    "A tokenizer of the small models: one token per word, and around a text what that kind adds."
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single=TEMPLATES[kind], special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @st.composite

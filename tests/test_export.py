@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import made_up, random_blocks, short_config, small_model, small_pools
+from helpers import made_up, random_blocks, short_config, small_model, small_pools, word_tokenizer
 from safetensors.torch import save_file
 from transformers.models.llama import modeling_llama as llama
 
@@ -385,12 +385,12 @@ def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys,
 
 def test_winner_of_a_run(small, tmp_path, monkeypatch):
     "A run directory gives its best candidate so far; what it does not say has to be said, and must be what it was."
-    model, database = small
+    (model, database), mine = small, word_tokenizer("none")
     winner = Search(tmp_path / "run", model, database, small_pools(), short_config()).run(progress=False)
-    monkeypatch.setattr(export, "load_model", lambda name, dtype, device: (model, name))
-    candidate, name, history = load_winner(tmp_path / "run", "mine", database=database.directory)
+    monkeypatch.setattr(export, "load_model", lambda *_: (model, mine))
+    candidate, found, history = load_winner(tmp_path / "run", "mine", database=database.directory)
     expected = materialize(model, database, winner)
-    assert name == "mine" and history.winner == winner and is_run(tmp_path / "run") and not is_run(tmp_path)
+    assert found is mine and history.winner == winner and is_run(tmp_path / "run") and not is_run(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(candidate.parameters(), expected.parameters(), strict=True))
     with pytest.raises(ValueError, match="does not say which model it prunes; name it"):
         load_winner(tmp_path / "run")

@@ -26,7 +26,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ..data import TokenPool
+from ..data import TokenPool, begin_tokens
 from .latency import Latency, PeakMemory
 from ..search import provenance
 from ..losses import cross_entropy, perplexity
@@ -41,6 +41,7 @@ class HeldOut:
     bits_per_byte: float  # cross-entropy per byte of UTF-8 text
     n_tokens: int  # predicted tokens
     n_params: int  # parameters of the model
+    begin: tuple[int, ...] = ()  # token ids that each block began with (BOS), where the tokenizer adds them
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def evaluate(
     n_predicted = blocks.numel() - len(blocks)
     n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True))
     nats = total / n_predicted
-    return HeldOut(nats, perplexity(nats), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()))
+    return HeldOut(nats, perplexity(nats), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()), pool.begin)
 
 # %% ../../nbs/judge/02_evaluation.ipynb #51e664da
 def write_task(
@@ -175,6 +176,28 @@ def load_tasks(
     return loaded
 
 # %% ../../nbs/judge/02_evaluation.ipynb #67ec3416
+def _for_harness(model: nn.Module, tokenizer, batch_size: int):
+    "The model as the harness uses it: sequences begin as the tokenizer begins them, once, and end with their text."
+    from lm_eval.models.huggingface import HFLM
+
+    class HarnessModel(HFLM):
+        begin = list(begin_tokens(tokenizer))
+
+        def tok_encode(self, string, add_special_tokens=None, **options):
+            tokens = super().tok_encode(string, add_special_tokens=False, **options)
+            begins = add_special_tokens is False or tokens[: len(self.begin)] == self.begin
+            return tokens if begins else self.begin + tokens
+
+        def loglikelihood_rolling(self, requests, **options):
+            begin, self.begin = self.begin, []  # the harness puts BOS before the first window itself
+            try:
+                return super().loglikelihood_rolling(requests, **options)
+            finally:
+                self.begin = begin
+
+    return HarnessModel(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
 @_keeping_random_state()
 def zero_shot(
     model: nn.Module,  # a causal LM: dense, candidate or reloaded
@@ -189,12 +212,10 @@ def zero_shot(
         raise ValueError(f"limit must be at least 1 question per task; got {limit}")
     tasks = tasks if isinstance(tasks, dict) else load_tasks(tasks)
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
     was_training, quiet = model.training, contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     with quiet, _log_level("lm_eval", logging.ERROR):
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        results = lm_eval.evaluate(wrapped, tasks, limit=limit, log_samples=False)
+        results = lm_eval.evaluate(_for_harness(model, tokenizer, batch_size), tasks, limit=limit, log_samples=False)
     model.train(was_training)
     return {name: _score(name, row, results) for name, row in results["results"].items()}
 
@@ -231,7 +252,7 @@ class EvaluationReport:
         rows = [("parameters", f"{self.n_params:,} ({self.dtype})")]
         if self.heldout:
             h = self.heldout
-            rows += [("held-out perplexity", f"{h.perplexity:,.3f}"), ("held-out bits per byte", f"{h.bits_per_byte:.4f}"), ("held-out tokens", f"{h.n_tokens:,}")]
+            rows += [("held-out perplexity", f"{h.perplexity:,.3f}"), ("held-out bits per byte", f"{h.bits_per_byte:.4f}"), ("held-out tokens", f"{h.n_tokens:,} ({'behind BOS' if h.begin else 'no BOS: the tokenizer adds none'})")]
         for name, score in self.tasks.items():
             for metric, value in score.metrics.items():
                 spread = f" ± {score.stderr[metric]:.4f}" if metric in score.stderr else ""

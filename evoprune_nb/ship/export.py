@@ -26,6 +26,7 @@ from ..machine.attention import use_attention_in_blocks
 from ..machine.device import resolve_device, resolve_dtype
 from ..machine.files import written_whole
 from ..modeling import fit_layers
+from ..data import begin_tokens
 from ..models import decoder_layers, layer_norms, load_model
 from .cards import Card, _measured, base_license, write_card
 from .layers import PREFIX, per_layer_config, stock_class, stock_config
@@ -181,4 +182,5 @@ def load_winner(
     levels = LevelDatabase(directory, dense)
     if levels.fingerprint != (theirs := history.settings["fingerprints"]["database"]):
         raise ValueError(f"{run_dir} searched in another level database: its fingerprint is {theirs}, that of {levels.directory} is {levels.fingerprint}")
+    levels.require_begin(begin_tokens(tokenizer))
     return materialize(dense, levels, chosen), tokenizer, history

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from ..data import EMBEDDED_TEXT, derive_seed, documents, split_of
+from ..data import EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents, pack_blocks, split_of
 from .export import load_exported
 from .cards import read_card, write_card
 from ..machine.files import written_whole
@@ -90,25 +90,22 @@ class TokenStream(IterableDataset):
         column: str = "text",  # the column that holds the text
     ):
         self.source, self.tokenizer, self.settings, self.n_blocks, self.column = source, tokenizer, settings, n_blocks, column
+        self.begin = begin_tokens(tokenizer)
         self._starts = {0: (0, 0, 0)}  # window → position of its first token
         self._done = 0  # blocks seen before this start
 
     def _packed(self, start: tuple[int, int, int]) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
         "Blocks in the order of the text, from a position on, each with the position where the next one begins."
-        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.bos_token_id
-        first_epoch, first_document, offset = start
-        rest: list[int] = []
+        texts = self._texts(*start[:2])
+        for block, ((epoch, number), used) in pack_blocks(texts, self.settings.seq_len, self.begin, skip=start[2]):
+            yield block, (epoch, number, used)
+
+    def _texts(self, first_epoch: int, first_document: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        "Epoch, number and tokens of the documents of the tuning split, from one on."
         for epoch in range(first_epoch, self.settings.epochs):
             for number, document in enumerate(documents(self.source, self.column)):
-                is_first = epoch == first_epoch and number == first_document
-                if (epoch == first_epoch and number < first_document) or split_of(document) != "tuning":
-                    continue
-                tokens = self.tokenizer(document, add_special_tokens=False)["input_ids"] + ([end] if end is not None else [])
-                stream, used = rest + tokens[offset if is_first else 0 :], 0
-                while len(stream) - used >= self.settings.seq_len:
-                    block, used = stream[used : used + self.settings.seq_len], used + self.settings.seq_len
-                    yield block, (epoch, number, len(tokens) - (len(stream) - used))
-                rest = stream[used:]
+                if (epoch > first_epoch or number >= first_document) and split_of(document) == "tuning":
+                    yield (epoch, number), document_tokens(self.tokenizer, document)
 
     def _windows(self, first: int) -> Iterator[list[list[int]]]:
         "Shuffled windows of blocks, from number `first` to the one in which the stream ends."
@@ -353,7 +350,7 @@ def post_train_checkpoint(
     _check_head(model, str(source))
     if read_card(source).form == "padded":
         raise ValueError(f"{source} is padded, and training would fill its zero heads; post-train the run or its hf export, then export the result with --format padded")
-    origin = {"source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), "settings": asdict(settings), "devices": arguments.world_size, "text": str(text), "column": column, "teacher": teacher}
+    origin = {"source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), "settings": asdict(settings), "devices": arguments.world_size, "text": str(text), "column": column, "teacher": teacher, "begin": list(begin_tokens(tokenizer)) or None}
     model = model.float().requires_grad_(True)
     dense = _load_teacher(teacher, model, arguments.device) if teacher else None
     blocks_per_step = settings.tokens_per_step(arguments.world_size) // settings.seq_len

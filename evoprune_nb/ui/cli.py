@@ -150,7 +150,7 @@ def _eval(options: argparse.Namespace) -> None:
         model, tokenizer = (load_exported if loader.endswith("load_exported") else load_model)(checkpoint, **loading)
         if options.text != "none":
             pool = load_pools(options.text, tokenizer, options.seq_len, {"heldout": options.tokens}, options.column)["heldout"]
-            conditions |= {"text": options.text, "text_file": file_hash(options.text), "text_blocks": pool.fingerprint(), "column": options.column, "seq_len": options.seq_len, "split": "heldout"}
+            conditions |= {"text": options.text, "text_file": file_hash(options.text), "text_blocks": pool.fingerprint(), "column": options.column, "seq_len": options.seq_len, "split": "heldout", "begin": list(pool.begin)}
             measured["heldout"] = evaluate(model, pool, tokenizer, progress="held-out")
         if tasks:
             conditions |= {"tasks": {task: file_hash(task) for task in options.tasks}, "limit": options.limit, "prompt": options.prompt, "num_fewshot": 0}
