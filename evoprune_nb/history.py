@@ -15,6 +15,7 @@ from .genome import Genome, Space
 from .runlog import read_events, read_state
 from .search import SearchConfig
 from .selection import Evaluation
+from .source import Source
 from .steering import SearchState, describe
 from .config import ActiveConfig, forward_tokens, generation_tokens
 
@@ -124,9 +125,10 @@ class History:
     # --- where it stands
 
     @property
-    def source(self) -> dict | None:
+    def source(self) -> Source | None:
         "How model, database and text were made, if the run says so."
-        return self.settings.get("source")
+        row = self.settings.get("source")
+        return Source.from_dict(row) if row else None
 
     @property
     def start(self) -> Genome:

@@ -37,6 +37,7 @@ from .selection import Elimination, Evaluation, Stage, check_text, select
 from .evaluator import Evaluator
 from .steering import SearchState, check_command
 from .config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
+from .source import Source
 from .training import Training
 from .losses import next_token_loss
 from .latency_table import with_stored_latency
@@ -73,7 +74,7 @@ class Search:
         pools: dict[str, TokenPool],  # with "tuning", "scoring", and "heldout" if config.heldout_tokens
         config: SearchConfig = SearchConfig(),  # all settings
         evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # (genome, generation, stage) → evaluation, instead of `Evaluator`
-        source: dict | None = None,  # how model, database and text were made, for `to_notebook` and `export`: model_name, dtype, text, seq_len, calibration_tokens, heads, n_levels
+        source: Source | None = None,  # how model, text and database were made, for export, `attach` and `to_notebook`
     ):
         if "latency" in (config.limits or {}):
             database = with_stored_latency(model, database)
@@ -97,7 +98,7 @@ class Search:
         self._queue, self._mail = deque(), threading.Condition()
         self.position = self._end = self._folded(read_events(self.run_dir / "events.jsonl")[0])
 
-    def _open(self, source: dict | None) -> None:
+    def _open(self, source: Source | None) -> None:
         "Create the run directory, or check that the one there belongs to this search."
         mine = json.loads(json.dumps({"config": asdict(self.config), "fingerprints": fingerprints(self.database, self.pools, self.config)}))
         path = self.run_dir / "config.json"
@@ -117,7 +118,7 @@ class Search:
                 raise ValueError(f"run directory {self.run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
             about = {
                 "provenance": provenance(self.model.device), "budget": asdict(self.budget), "start": self.start.code, "space": asdict(self.space),
-                "pools": {name: {"seq_len": pool.seq_len, "n_tokens": pool.n_tokens, "begin": list(pool.begin)} for name, pool in self.pools.items()}, **({"source": source} if source else {})}
+                "pools": {name: {"seq_len": pool.seq_len, "n_tokens": pool.n_tokens, "begin": list(pool.begin)} for name, pool in self.pools.items()}, **({"source": asdict(source)} if source else {})}
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 write_json(path, mine | about)

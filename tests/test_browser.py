@@ -273,11 +273,11 @@ def test_restart_and_attach(page, place):
 def test_replay_equals_the_steered_run(place):
     "What was steered by hand ends, replayed without hands, with the same genomes."
     from evoprune_nb.replay import replay
-    from evoprune_nb.ui.workbench import Source
+    from evoprune_nb.ui.workbench import prepare_search
 
     history = History(place / "run")
     assert history.finished and {"pause", "inject", "set", "note", "step"} <= set(history.commands.name)
-    search, _ = Source(**history.source).make(place / "again", history.config, lambda _: None)
+    search, _ = prepare_search(history.source, place / "again", history.config, lambda _: None)
     winner = replay(place / "run", place / "replayed", search.model, search.database, search.pools, progress=False)
     again = History(place / "replayed")
     assert winner == history.winner and again.survivors.genome.tolist() == history.survivors.genome.tolist()
@@ -294,12 +294,13 @@ def show(page: Page, code: str, prompt: int) -> None:
 def test_a_run_that_another_process_drives(page, place, corpus):
     "One can watch it, and look back; every control that would steer is off, and the panel says why."
     script = f"""
-from pathlib import Path
 from evoprune_nb.selection import Stage
 from evoprune_nb.steering import SearchConfig
-from evoprune_nb.ui.workbench import Source
+from evoprune_nb.source import Source
+from evoprune_nb.ui.workbench import prepare_search
 config = SearchConfig(generations=1000, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)))
-Source(text={str(corpus)!r}, seq_len=64, calibration_tokens=2048).make(Path("elsewhere"), config, print)[0].run(progress=False)
+source = Source(text={str(corpus)!r}, seq_len=64, calibration_tokens=2048)
+prepare_search(source, "elsewhere", config)[0].run(progress=False)
 """
     with open(place / "elsewhere.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-c", script], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)

@@ -26,6 +26,7 @@ from evoprune_nb.models import load_model, model_fingerprint
 from evoprune_nb.ship.padded import group_sizes
 from evoprune_nb.database import build_database
 from evoprune_nb.search import Search
+from evoprune_nb.source import Source
 from evoprune_nb.selection import Stage
 
 TOP = -1  # the unit's last level, at which all of it is gone
@@ -324,7 +325,7 @@ def run_dir(tiny, database, pools, tmp_path_factory):
     "A finished run on the embedded model, with made-up fitness, that says what it searched; its database lies elsewhere."
     directory = tmp_path_factory.mktemp("run") / "run"
     parts = {name: pools["tuning" if name == "tuning" else "heldout"] for name in ("tuning", "scoring", "heldout")}
-    search = Search(directory, tiny, database, parts, short_config(generations=1, stages=(Stage(2, 0, 64), Stage(1, 64, 64))), source={"model_name": "tiny", "dtype": "float32"})
+    search = Search(directory, tiny, database, parts, short_config(generations=1, stages=(Stage(2, 0, 64), Stage(1, 64, 64))), source=Source("tiny"))
     search._evaluate = made_up
     search.run(progress=False)
     return directory

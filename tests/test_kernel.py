@@ -10,7 +10,8 @@ SETUP = """
 import os, sys, threading
 sys.path.insert(0, {tests!r})
 os.environ["HF_HUB_OFFLINE"] = "1"
-from evoprune_nb.ui.workbench import Source, attach, open_run
+from evoprune_nb.source import Source
+from evoprune_nb.ui.workbench import attach, open_run
 from evoprune_nb.steering import SearchConfig
 from evoprune_nb.selection import Stage
 source = Source(text={corpus!r}, seq_len=64, calibration_tokens=2048)

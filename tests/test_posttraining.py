@@ -27,6 +27,7 @@ from evoprune_nb.models import EMBEDDED_MODELS, load_model
 from evoprune_nb.ship.padded import export_padded
 from evoprune_nb.ship.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
 from evoprune_nb.search import Search
+from evoprune_nb.source import Source
 from evoprune_nb.selection import Stage
 from evoprune_nb.losses import next_token_loss
 
@@ -374,7 +375,7 @@ def test_command_on_the_winner_of_a_run(tiny, tokenizer, database, pools, corpus
     "`evoprune post-train` and `evoprune eval` take a run directory: its winner is exported, trained, evaluated; what the run does not say has to be said."
     run = tmp_path / "run"
     config = short_config(generations=1, offspring=2, stages=(Stage(1, 0, 64),))
-    source = {"model_name": "tiny", "dtype": "float32"}
+    source = Source("tiny")
     winner = Search(run, tiny, database, {"tuning": pools["tuning"], "scoring": pools["heldout"]}, config, source=source).run(progress=False)
     command = ["post-train", str(run), str(tmp_path / "trained"), "--tokens", "300", "--seq-len", "32", "--batch-size", "2", "--text", str(corpus), "--cpu", "--no-autocast"]
     assert main(command) == 2 and "holds no level database" in capsys.readouterr().err

@@ -17,7 +17,8 @@ def test_python_example_runs(tmp_path, monkeypatch):
     (tmp_path / "your-text.jsonl").write_text("\n".join(rows))
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     replacements = {
-        "your/model": "tiny", '"bfloat16"': '"float32"', 'device="auto"': 'device="cpu"', "seq_len=512": 'seq_len=64, tokens={"calibration": 2048, "tuning": 16384, "scoring": 8192, "heldout": 1024}',
+        "your/model": "tiny", '"bfloat16"': '"float32"', '"auto"': '"cpu"', "seq_len=512": "seq_len=64, calibration_tokens=2048",
+        "runs/mine/database\")": 'runs/mine/database", {"calibration": 2048, "tuning": 16384, "scoring": 8192, "heldout": 1024})',
         "generations=20": "generations=1, offspring=4", "n_tokens=1_000_000": "n_tokens=1024"}
     for shown, used in replacements.items():
         assert shown in block
@@ -50,9 +51,14 @@ def test_shell_example_runs(tmp_path, monkeypatch):
 
 def test_files_and_commands_exist():
     """Notebooks, reports and make targets that the README names exist."""
-    for path in re.findall(r"\((reports/[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for name in set(re.findall(r"`(\d\d[a-z]?_\w+)`", README)):
-        assert (ROOT / "nbs" / f"{name}.ipynb").exists(), name
+    for path in re.findall(r"`((?:nbs/)?(?:experiments/)?\w+\.ipynb)`", README):
+        assert (ROOT / "nbs" / path.removeprefix("nbs/")).exists(), path
+    modules = {re.sub(r"^\d\d[a-z]?_", "", path.stem) for path in (ROOT / "nbs").rglob("*.ipynb")}
+    parts = {f"{path.name}/" for path in (ROOT / "nbs").iterdir() if path.is_dir() and not path.name.startswith(".")}
+    rows = README.partition("## Map of")[2].partition("##")[0]
+    named = set(re.findall(r"`(\w+/?)`", rows.partition("| part")[2]))
+    assert named <= modules | parts and parts <= named
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make (\w+)", README)) <= set(targets)

@@ -17,6 +17,7 @@ from evoprune_nb.mutation import make_offspring
 from evoprune_nb.database import build_database
 from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search, SearchConfig
+from evoprune_nb.source import Source
 from evoprune_nb.selection import Stage
 from evoprune_nb.ui.worker import Worker
 from evoprune_nb.replay import commands_of, follow, replay
@@ -124,14 +125,14 @@ def test_an_unfinished_run_is_replayed_to_its_end(small, tmp_path):
 
 def test_real_evaluations_are_replayed_to_the_same_numbers(small, tmp_path):
     "With real tuning and scoring, the replay's fitness values are bitwise those of the steered run; the description of the source is passed on."
-    search = Search(tmp_path / "run", *small, small_pools(), short_config(heldout_tokens=64), source={"model_name": "made up"})
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(heldout_tokens=64), source=Source("made up"))
     for command in ({"command": "set", "setting": "lr", "value": 0.01, "when": "now"}, {"command": "branch", "generation": 0}, {"command": "set", "setting": "sparsity", "value": 0.4}):
         for _ in range(3):
             search.step()
         search.send(command)
     winner = search.run(progress=False)
     assert replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), progress=False) == winner
-    assert events(tmp_path / "again") == events(tmp_path / "run") and History(tmp_path / "again").source == {"model_name": "made up"}
+    assert events(tmp_path / "again") == events(tmp_path / "run") and History(tmp_path / "again").source == Source("made up")
 
 
 def test_replay_of_an_unsteered_run_is_the_run(small, tmp_path, capsys):
@@ -176,7 +177,7 @@ def afternoon(tiny, tokenizer, corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp("afternoon")
     pools = load_pools(corpus, tokenizer, 32, {"calibration": 2048, "tuning": 2048, "scoring": 1024})
     database = build_database(tiny, pools["calibration"].draw(1024, seed=0), directory / "database", heads="group", n_levels=5, progress=False)
-    source = {"model_name": "tiny", "dtype": "float32", "text": str(corpus), "seq_len": 32, "calibration_tokens": 1024, "heads": "group", "n_levels": 5}
+    source = Source("tiny", text=str(corpus), seq_len=32, calibration_tokens=1024, heads="group", n_levels=5)
     config = SearchConfig(generations=3, offspring=3, stages=(Stage(2, 0, 64), Stage(1, 64, 128)), tolerance=0.05)
     search = Search(directory / "run", tiny, database, pools, config, source=source)
     search.step()
@@ -234,8 +235,8 @@ def test_a_run_that_does_not_say_how_it_was_made(small, tmp_path):
     with pytest.raises(ValueError, match="does not say how its model and text were made; pass source= with model_name, text, seq_len, calibration_tokens"):
         to_notebook(tmp_path / "run", tmp_path / "replay.ipynb")
     assert not (tmp_path / "replay.ipynb").exists()
-    source = {"model_name": "made up", "text": "nowhere.txt", "seq_len": 16, "calibration_tokens": 512, "calibration_seed": None}
+    source = Source("made up", text="nowhere.txt", seq_len=16, calibration_tokens=512, calibration_seed=None)
     text = to_notebook(tmp_path / "run", tmp_path / "replay.ipynb", source).read_text()
-    assert 'pools[\\"calibration\\"].blocks.long()' in text
+    assert "calibration_seed=None" in text
     with pytest.raises(ValueError, match="is no run directory"):
         to_notebook(tmp_path / "none", tmp_path / "replay.ipynb")

@@ -13,6 +13,7 @@ from evoprune_nb.history import History
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search
+from evoprune_nb.source import Source
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.steering import COMMANDS, SETTINGS, change_rules, check_command, describe
 from evoprune_nb.config import ActiveConfig, SearchConfig, generation_tokens
@@ -408,7 +409,7 @@ def test_tampered_commands_are_noticed(small, tmp_path):
 
 def test_settings_of_an_earlier_version_are_resumed(small, tmp_path):
     "A run directory without the fields that came later, and without their events' new fields, opens in History and goes on if the settings agree."
-    search = fake(tmp_path / "run", small, source={"model_name": "tiny"})
+    search = fake(tmp_path / "run", small, source=Source("tiny"))
     steps(search, 6)
     path = tmp_path / "run" / "config.json"
     row = json.loads(path.read_text())

@@ -239,7 +239,7 @@ import importlib, json, sys
 job = json.loads(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from evoprune_nb import latency
+from evoprune_nb.judge import latency
 module, _, name = job["loader"].partition(":")
 load = getattr(importlib.import_module(module), name)
 toy = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8))

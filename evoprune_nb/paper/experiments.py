@@ -26,6 +26,7 @@ from ..data import SPLITS
 from .figures import Figure, save_figure
 from ..history import History
 from ..machine.device import provenance
+from ..source import Source
 from ..replay import commands_of
 
 # %% ../../nbs/paper/02_experiments.ipynb #029b9f66
@@ -227,27 +228,25 @@ _REPLAY_PARAMETERS = {  # name → type, meaning; values come from the run's own
     "n_levels": ("int", "steps from dense to gone"),
 }
 _REPLAY_LOAD = """\
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from evoprune_nb.data import load_pools
 from evoprune_nb.paper.experiments import Report
 from evoprune_nb.paper.figures import fitness_figure, genome_figure
 from evoprune_nb.history import History
-from evoprune_nb.models import load_model
-from evoprune_nb.database import build_database
 from evoprune_nb.search import Search, SearchConfig, fingerprints
+from evoprune_nb.source import Source
 from evoprune_nb.steering import describe
 from evoprune_nb.replay import follow
 
-source = dict({names})
-report = Report(report_dir, source, device)
+source = Source({names}, calibration_seed={calibration_seed})
+report = Report(report_dir, asdict(source), device)
 config = SearchConfig.from_dict(settings)
-model, tokenizer = load_model(model_name, dtype, device)
-pools = load_pools(text, tokenizer, seq_len, pool_tokens, text_column)
-calibration = {calibration}
-database = build_database(model, calibration, Path(run_dir) / "database", heads, n_levels)
+model, tokenizer = source.load_model()
+pools = source.load_pools(tokenizer, pool_tokens)
+database = source.build_database(model, pools, Path(run_dir) / "database")
 here = fingerprints(database, pools, config)
 differing = [f"{{name}} ({{then}} there, {{here.get(name)}} here)" for name, then in recorded_fingerprints.items() if here.get(name) != then]
 if differing:
@@ -266,23 +265,21 @@ print(winner)"""
 def to_notebook(
     run_dir: str | Path,  # of any run, steered or not
     path: str | Path,  # of the notebook to be written
-    source: dict | None = None,  # how model, database and text were made, for a run that does not say: see `_REPLAY_PARAMETERS`
+    source: Source | None = None,  # how model, text and database were made, for a run that does not say
 ) -> Path:
     "Write an experiment notebook that repeats a run headless to the same genomes. Raises `ValueError` when it is not known how its model and text were made."
     import nbformat
 
     history, path = History(run_dir), Path(path)
-    known = {"device": "cpu", "dtype": "float32", "text_column": "text", "heads": "free", "n_levels": 10} | (source or history.source or {})
-    if missing := [name for name in _REPLAY_PARAMETERS if name not in known]:
-        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {', '.join(missing)}")
+    known = source or history.source or Source.from_dict({})
+    if known.unknown:
+        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {', '.join(known.unknown)}")
     pool_tokens = {name: row["n_tokens"] for name, row in history.settings.get("pools", {}).items()} or dict.fromkeys(SPLITS)
     literals = {
         "pool_tokens": {"calibration": None} | pool_tokens, "settings": history.settings["config"], "recorded_fingerprints": history.settings["fingerprints"],
         "commands": commands_of(run_dir), "survivors": history.survivors[["branch", "generation", "genome"]].values.tolist()}
     own = [f"run_dir: str = 'runs/{path.stem}'  # where the search is written; run again to continue", f"report_dir: str = 'reports/{path.stem}'  # where the report goes"]
-    parameters = [f"{name}: {kind} = {known[name]!r}  # {meaning}" for name, (kind, meaning) in _REPLAY_PARAMETERS.items()] + own
-    # a pool that was drawn from as a whole needs no draw
-    calibration = 'pools["calibration"].blocks.long()' if known.get("calibration_seed", 0) is None else f'pools["calibration"].draw(calibration_tokens, seed={known.get("calibration_seed", 0)})'
+    parameters = [f"{name}: {kind} = {getattr(known, name)!r}  # {meaning}" for name, (kind, meaning) in _REPLAY_PARAMETERS.items()] + own
     revision, n = history.settings.get("provenance", {}).get("git_revision"), len(literals["commands"])
     code, markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
     cells = [
@@ -291,7 +288,7 @@ def to_notebook(
         markdown("## Settings and commands\n\nAs recorded. A command's place is the number of events `after` which it came."),
         code("\n\n".join(f"{name} = {pprint.pformat(value, width=160, sort_dicts=False)}" for name, value in literals.items())),
         markdown("## Model, text and level database\n\nMade again, and compared with those of then."),
-        code(_REPLAY_LOAD.format(names=", ".join(f"{name}={name}" for name in _REPLAY_PARAMETERS), calibration=calibration)),
+        code(_REPLAY_LOAD.format(names=", ".join(f"{name}={name}" for name in _REPLAY_PARAMETERS), calibration_seed=repr(known.calibration_seed))),
         markdown("## The search\n\nWith its commands at their places; the survivor of every generation must be the one of then."),
         code(_REPLAY_RUN),
         code('report.figure("fitness", fitness_figure(history))'),

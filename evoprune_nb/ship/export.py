@@ -72,7 +72,7 @@ def run_card(
     scores: dict[str, float] | None = None,  # measured besides
 ) -> Card:
     "The model card of a genome of a run: licence of its base model, what the search measured, and where all comes from."
-    settings, space, source, tokens, genome = history.settings, history.space, history.source or {}, history.tokens, genome or history.winner
+    settings, space, source, tokens, genome = history.settings, history.space, history.source, history.tokens, genome or history.winner
     rows, known = history.survivors, {}
     for row in rows[rows.genome == genome.code].tail(1).itertuples():
         known[f"fitness in the search ({'KL to the dense model, nats per token' if history.config.fitness == 'kl' else 'perplexity'})"] = row.fitness
@@ -81,10 +81,10 @@ def run_card(
     made, listed = settings.get("provenance", {}), lambda row: ", ".join(f"{key} {value}" for key, value in row.items())
     origin = {
         "run": history.run_dir.resolve().name, "search": "finished" if history.finished else f"not finished: in generation {history.generation + 1} of {history.rules.generations}",
-        "seed": str(history.config.seed), "text of calibration, tuning and scoring": source.get("text", "see fingerprints"),
+        "seed": str(history.config.seed), "text of calibration, tuning and scoring": source and source.text or "see fingerprints",
         "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring", "git revision": str(made.get("git_revision")),
         "packages": listed(made.get("packages", {})), "fingerprints": listed(settings.get("fingerprints", {}))}
-    base_model = base_model or source.get("model_name", "")
+    base_model = base_model or (source.model_name if source else "")
     return Card(base_model, *base_license(base_model), genome.code, space.dense_params, known | _measured(history.run_dir / "evaluation.json", genome.code) | (scores or {}), origin, figure)
 
 # %% ../../nbs/ship/02_export.ipynb #a68c4c32
@@ -172,13 +172,13 @@ def load_winner(
 ) -> tuple[nn.Module, object, History]:
     "The best candidate of a run so far (or another of its genomes), its tokenizer, and the run's history. Raises `ValueError` when model or database are not those of the run."
     history = History(run_dir)
-    source = history.source or {}
-    if not (name := model or source.get("model_name", "")):
+    source = history.source
+    if not (name := model or (source.model_name if source else "")):
         raise ValueError(f"{run_dir} does not say which model it prunes; name it (--model)")
     directory, chosen = Path(database or Path(run_dir) / "database"), history.space.check(Genome.parse(genome)) if genome else history.winner
     if not (directory / "manifest.json").exists():
         raise ValueError(f"{directory} holds no level database; say where it is (--database)")
-    dense, tokenizer = load_model(name, dtype or source.get("dtype", "float32"), device)
+    dense, tokenizer = load_model(name, dtype or (source.dtype if source else "float32"), device)
     levels = LevelDatabase(directory, dense)
     if levels.fingerprint != (theirs := history.settings["fingerprints"]["database"]):
         raise ValueError(f"{run_dir} searched in another level database: its fingerprint is {theirs}, that of {levels.directory} is {levels.fingerprint}")

@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 
 from ..paper.figures import Figure, candidate_names, lineage, swaps
@@ -263,6 +264,6 @@ def budget_html(
     rows = [(name, f"{used[name]:,}", f"{planned[name]:,}", f"{used[name] / planned[name]:.0%}" if planned[name] else "–") for name in ("tuning", "scoring")]
     total = sum(used.values()), sum(planned.values())
     rows.append(("in all", f"{total[0]:,}", f"{total[1]:,}", f"{total[0] / total[1]:.0%}" if total[1] else "–"))
-    source = history.settings.get("source") or {}
+    source = asdict(history.source) if history.source else {}
     facts = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in source.items() if value is not None)
     return table(("tokens", "used", "planned", "share"), rows) + (f'<p class="evo-quiet">{escape(facts)}</p>' if facts else "")
