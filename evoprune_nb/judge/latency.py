@@ -240,17 +240,18 @@ job = json.loads(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from evoprune_nb.judge import latency
+from evoprune_nb.machine.device import peak_rss
 module, _, name = job["loader"].partition(":")
 load = getattr(importlib.import_module(module), name)
 toy = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8))
 latency._read_and_write(toy, latency._prompt(toy, 1, 8), 1)  # so that what Python imports on the way is not counted
-before = latency.peak_rss()
+before = peak_rss()
 model, _ = load(job["source"], device=job["device"], **job["options"])
-loaded = latency.peak_rss()
+loaded = peak_rss()
 for _ in range(2):
     latency._read_and_write(model, latency._prompt(model, job["batch_size"], job["prompt_tokens"]), job["new_tokens"])
 cuda = torch.device(job["device"]).type == "cuda"
-print(json.dumps({"host_loading": loaded - before, "host": latency.peak_rss() - before, "device": torch.cuda.max_memory_allocated(job["device"]) if cuda else None}))
+print(json.dumps({"host_loading": loaded - before, "host": peak_rss() - before, "device": torch.cuda.max_memory_allocated(job["device"]) if cuda else None}))
 """
 
 
