@@ -6,14 +6,12 @@
 __all__ = ['History']
 
 # %% ../nbs/18_history.ipynb #1388d2d1
-import json
 from pathlib import Path
 
 import pandas as pd
 
-from .genome import Genome, Space
-from .runlog import read_events, read_state
-from .search import SearchConfig
+from .genome import Genome
+from .runlog import parse_settings, read_events, read_settings, read_state
 from .selection import Evaluation
 from .source import Source
 from .steering import SearchState, describe
@@ -67,11 +65,8 @@ class History:
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
-        if not (self.run_dir / "config.json").exists():
-            raise ValueError(f"{self.run_dir} is no run directory (no config.json)")
-        self.settings = json.loads((self.run_dir / "config.json").read_text())
-        self.config = SearchConfig.from_dict(self.settings["config"])
-        self.space = Space.from_dict(self.settings["space"])
+        self.settings = read_settings(self.run_dir)
+        self.config, self.space = parse_settings(self.run_dir, self.settings)
         self._past = False
         self._reset()
         self.refresh()

@@ -18,7 +18,7 @@ from .genome import Genome
 from .history import History
 from .latency_table import with_stored_latency
 from .runlog import RunDiverged
-from .search import Search, fingerprints
+from .search import AllDisqualified, Search, fingerprints
 from .selection import Evaluation
 
 # %% ../nbs/19_replay.ipynb #62306eae
@@ -45,8 +45,12 @@ def follow(
         search.drain()
         done = History(search.run_dir).commands.n.count()
         for place in commands[done:]:
-            while search.n_events < place["after"] and step():
-                pass
+            while search.n_events < place["after"]:
+                try:
+                    if not step():
+                        break
+                except AllDisqualified:  # the recorded run went on from there
+                    pass
             if search.n_events != place["after"]:
                 raise RunDiverged(f"{search.run_dir}: command {place['command']} came after {place['after']} events, but the replay is at {search.n_events}; replay with the revision in the run's config.json")
             search.apply(place["command"])

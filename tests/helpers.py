@@ -127,7 +127,7 @@ def made_up(genome: Genome, generation: int, stage: int) -> Evaluation:
 def events(run_dir: Path) -> list[dict]:
     "The log of a run without what may differ between equal runs."
     rows = [json.loads(line) for line in (Path(run_dir) / "events.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("time", "seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("time", "seconds", "crc")} for row in rows]
 
 
 def peak_of_tensors(action) -> int:

@@ -73,8 +73,10 @@ def steered(run_dir, small, script: dict[int, list[dict]]) -> Search:
         while not worker.join(0):
             if worker.wait("paused", "finished", "failed", "stopped", timeout=0.05) and worker.status == "paused" and not search._queue:
                 send({"command": "resume"})
-        assert worker.status != "failed" or "MutationError" in worker.error or "fit" in worker.error, worker.error
-        if worker.status == "failed":
+        assert worker.status != "failed" or "MutationError" in worker.error or "fit" in worker.error or "AllDisqualified" in worker.error, worker.error
+        if worker.status == "failed" and "AllDisqualified" in worker.error:
+            send({"command": "branch", "generation": search.generation})  # other offspring
+        elif worker.status == "failed":
             send({"command": "thaw", "units": UNITS})
             send({"command": "set", "setting": "sparsity", "value": 0.5})
             send({"command": "set", "setting": "max_swaps", "value": 3})

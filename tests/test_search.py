@@ -15,6 +15,7 @@ from helpers import events, made_up, random_blocks, short_config, small_model, s
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evoprune_nb import runlog as runlog_module
 from evoprune_nb import search as search_module
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
@@ -22,8 +23,11 @@ from evoprune_nb.judge.evaluation import evaluate
 from evoprune_nb.genome import Genome
 from evoprune_nb.database import build_database
 from evoprune_nb.history import History
-from evoprune_nb.runlog import EventLog, RunDiverged
-from evoprune_nb.search import Search, SearchConfig
+from evoprune_nb.machine import lock as lock_module
+from evoprune_nb.machine.lock import DirectoryLock
+from evoprune_nb.replay import replay
+from evoprune_nb.runlog import EventLog, RunDiverged, read_state
+from evoprune_nb.search import AllDisqualified, Search, SearchConfig
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
 
@@ -234,7 +238,7 @@ def tampered(run_dir: Path, copy: Path, change) -> Path:
     cut(run_dir, copy, 0)
     rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     next(row for row in rows if change(row))
-    (copy / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (copy / "events.jsonl").write_text("".join(json.dumps(row | {"crc": None}) + "\n" for row in rows))  # no checksums, as in version 0.1
     return copy
 
 
@@ -374,19 +378,190 @@ def test_progress_by_step_and_by_run_is_the_same(small, faked, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("lr, stages", [(1e30, (Stage(2, 0, 32), Stage(1, 96, 32))), (1e30, (Stage(2, 96, 32), Stage(1, 96, 32)))])
-def test_when_everybody_is_disqualified_the_parent_stays(small, tmp_path, lr, stages):
-    "Training that explodes for all is recorded with its reason, JSON stays JSON, and the search goes on with the parent to the end."
-    search = search_in(tmp_path / "run", small, short_config(stages=stages, training=Training(lr=lr, batch_size=2)))
-    assert search.run(progress=False) == search.start
+def test_a_generation_that_disqualifies_everybody_stops_the_search(small, tmp_path, lr, stages):
+    "Training that explodes for all ends the first generation with its reason and JSON that is JSON; after a lower learning rate the search goes on to the end, and is replayed."
+    config = short_config(stages=stages, training=Training(lr=lr, batch_size=2))
+    search = search_in(tmp_path / "run", small, config)
+    with pytest.raises(AllDisqualified, match="generation 1: all candidates .* disqualified.*non-finite training loss.*Lower the learning rate"):
+        search.run(progress=False)
     history = History(tmp_path / "run")
-    tuned = history.evaluations.query("stage == 1")
-    assert history.finished and len(history.survivors) == 3 and history.survivors.fitness.isna().all()
-    assert set(tuned.disqualified) == {"non-finite training loss"} and tuned.fitness.isna().all()
+    assert search.status == history.state["status"] == "failed" and "AllDisqualified" in history.state["error"] and not history.finished
+    tuned = history.abandoned.query("stage == 1")
+    assert set(tuned.disqualified) == {"non-finite training loss"} and tuned.fitness.isna().all() and history.survivors.empty
     for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    resumed = search_in(tmp_path / "run", small, search.config)
-    resumed._evaluate = unexpected
-    assert resumed.run(progress=False) == search.start
+    resumed = search_in(tmp_path / "run", small, config)
+    resumed.send({"command": "set", "setting": "lr", "value": 1e-3})
+    winner = resumed.run(progress=False)
+    history.refresh()
+    assert resumed.finished and history.finished and history.survivors.fitness.notna().all() and len(history.survivors) == 3
+    assert history.generations.status.tolist() == ["abandoned"] + 3 * ["finished"]
+    assert replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), progress=False) == winner
+    assert events(tmp_path / "again") == events(tmp_path / "run")
+
+
+def test_without_a_change_everybody_is_disqualified_again(small, tmp_path):
+    "A new start begins the generation anew, in this process and in another; killed after any event, too."
+    config = short_config(stages=(Stage(2, 0, 32), Stage(1, 96, 32)), training=Training(lr=1e30, batch_size=2))
+    search = search_in(tmp_path / "run", small, config)
+    for n, begun in enumerate((search, search, search_in(tmp_path / "run", small, config)), 1):
+        with pytest.raises(AllDisqualified):
+            begun.run(progress=False)
+        assert [row["event"] for row in events(tmp_path / "run")].count("abandoned") == n
+    log = (tmp_path / "run" / "events.jsonl").read_bytes().splitlines(keepends=True)
+    for n_lines in range(1, len(log) // 3):
+        copy = cut(tmp_path / "run", tmp_path / str(n_lines), len(b"".join(log[:n_lines])))
+        with pytest.raises(AllDisqualified):
+            search_in(copy, small, config).run(progress=False)
+
+
+def test_a_run_of_version_0_1_went_on_with_the_parent(small, tmp_path):
+    "A log in which generations without a survivor end with the parent is played back to the end that it had."
+    config = short_config(stages=(Stage(2, 0, 32), Stage(1, 0, 32)))
+    nobody = lambda genome, generation, stage: made_up(genome, generation, stage) if generation else replace(made_up(genome, generation, stage), fitness=math.inf, disqualified="x")
+    search = search_in(tmp_path / "run", small, config)
+    search._evaluate = nobody
+    with pytest.raises(AllDisqualified):
+        search.run(progress=False)
+    log = tmp_path / "run" / "events.jsonl"
+    rows = [json.loads(line) | {"crc": None} for line in log.read_text().splitlines()]
+    survivor = {"event": "survivor", "generation": 0, "genome": search.start.code, "fitness": None, "n_params": search.space.n_params(search.start), "time": 0}
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], survivor]))
+    search = search_in(tmp_path / "run", small, config)
+    search._evaluate = nobody
+    search.run(progress=False)
+    history = History(tmp_path / "run")
+    assert history.finished and history.survivors.fitness.isna().tolist() == [True, False, False]
+
+
+CREATES = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from helpers import made_up, short_config, small_model, small_pools
+from evoprune_nb.database import LevelDatabase
+from evoprune_nb.search import Search
+model, pools = small_model("llama-gqa"), small_pools()
+database = LevelDatabase(sys.argv[2], model)
+print("ready", flush=True)
+for run_dir in sys.stdin:
+    try:
+        Search(run_dir.strip(), model, database, pools, short_config(seed=int(sys.argv[3]), generations=1), made_up).run(progress=False)
+        print("done", flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+def test_two_searches_in_one_new_directory(small, tmp_path):
+    "Started at the same moment with different seeds, one makes the run and the other is refused; the run is one search's from its first byte on."
+    arguments = [sys.executable, "-c", CREATES, str(Path(__file__).parent), str(small[1].directory)]
+    children = [subprocess.Popen([*arguments, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ) for seed in (0, 1)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        for n in range(30):
+            for child in children:
+                child.stdin.write(f"{tmp_path / str(n)}\n")
+            for child in children:
+                child.stdin.flush()
+            said = [child.stdout.readline() for child in children]
+            assert [text == "done\n" for text in said].count(True) == 1, said
+            seed = said.index("done\n")
+            assert "is being written by" in said[1 - seed] or "holds a different search: config.seed" in said[1 - seed]
+            assert search_in(tmp_path / str(n), small, short_config(seed=seed, generations=1)).finished
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+@pytest.mark.parametrize("at", range(1, 40, 3))
+def test_a_full_disk(small, faked, tmp_path, monkeypatch, at):
+    "From any write on, nothing can be written, half lines apart: the search fails with the disk's error, does not pass for running, frees the lock, and goes on to the same end when there is room."
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    search, writes = fake_search(tmp_path / "run", small), []
+    append, write = EventLog._append, runlog_module.write_json
+
+    def full() -> bool:
+        writes.append(1)
+        return at <= len(writes) < 1000
+
+    def appended(log, line):
+        if full():
+            with open(log.path, "ab") as file:
+                file.write(line[:9])
+            raise OSError(28, "No space left on device")
+        append(log, line)
+
+    def written(path, value):
+        if full():
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(EventLog, "_append", appended)
+    monkeypatch.setattr(runlog_module, "write_json", written)
+    for _ in range(2):  # the second start finds the disk as full as the first left it
+        with pytest.raises(OSError, match="No space left"):
+            search.run(progress=False)
+        assert search.status == "failed" and (read_state(tmp_path / "run") or {"status": "stopped"})["status"] in ("stopped", "failed")
+        with DirectoryLock(tmp_path / "run"):
+            pass
+    writes += 1000 * [1]
+    assert search.run(progress=False) == faked[1] and search.finished and events(tmp_path / "run") == events(faked[0])
+    assert read_state(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_full_disk_at_the_lock(small, tmp_path, monkeypatch):
+    "A lock that cannot leave its note is free again: the run is not busy for ever, and is made when there is room."
+    monkeypatch.setattr(lock_module, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="run cannot be written: .*No space left"):
+        search_in(tmp_path / "run", small)
+    monkeypatch.undo()
+    search = fake_search(tmp_path / "run", small)
+    monkeypatch.setattr(lock_module, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        search.run(progress=False)
+    monkeypatch.undo()
+    assert search.run(progress=False) and search.finished
+
+
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from helpers import made_up, short_config, small_model, small_pools
+from evoprune_nb.database import LevelDatabase
+from evoprune_nb.search import Search
+model = small_model("llama-gqa")
+search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), made_up)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+for n in range(200, 2600, 400):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, unlimited[1]))
+    try:
+        search.run(progress=False)
+    except OSError as error:
+        print(error.strerror, search.status)
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+search.run(progress=False)
+print("ended", search.status)
+"""
+
+
+def test_a_disk_that_fills_up_for_real(small, faked, tmp_path):
+    "With a limit on file sizes, as the system enforces it, the same process fails again and again, and then ends as if nothing had been."
+    pytest.importorskip("resource")
+    arguments = [str(Path(__file__).parent), str(small[1].directory), str(tmp_path / "run")]
+    said = subprocess.run([sys.executable, "-c", LIMITED, *arguments], check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    assert said == 6 * ["File too large failed"] + ["ended finished"]
+    assert events(tmp_path / "run") == events(faked[0])
+
+
+def test_wrong_arguments_do_not_claim_the_directory(small, tmp_path):
+    "After a call that is refused, whatever is wrong with it, the corrected one is taken."
+    for wrong in (dict(source={"text": object()}), dict(config=short_config(sparsity=1.2)), dict(pools={}), dict(config=short_config(heldout_tokens=10**6))):
+        with pytest.raises((ValueError, TypeError)):
+            Search(tmp_path / "run", *small, **{"pools": small_pools(), "config": short_config(), **wrong})
+        assert not (tmp_path / "run").exists()
+    assert search_in(tmp_path / "run", small, short_config(seed=1)).generation == 0
 
 
 def test_the_search_goes_on_without_a_disqualified_candidate(small, tmp_path, monkeypatch):
