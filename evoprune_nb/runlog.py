@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'plain_json', 'encode_event', 'decode_event', 'read_events', 'RunDiverged', 'EventLog', 'check_record',
            'write_settings', 'read_settings', 'parse_settings', 'write_state', 'process_is_gone', 'read_state']
 
-# %% ../nbs/16_runlog.ipynb #0153dc26
+# %% ../nbs/16_runlog.ipynb #70785bdc
 import hashlib
 import json
 import os
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import SearchConfig
+from .config import SearchConfig, present_event
 from .genome import Space
 from .machine.device import peak_rss
 from .machine.files import read_json, write_json
@@ -28,7 +28,7 @@ def plain_json(value) -> object:
     text = json.dumps(value, ensure_ascii=False)
     return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
-# %% ../nbs/16_runlog.ipynb #6b988545
+# %% ../nbs/16_runlog.ipynb #2638a5a5
 _CHECKSUM = b', "crc": "%08x"}'  # ends a line
 
 
@@ -39,7 +39,7 @@ def encode_event(row: dict) -> bytes:
 
 
 def decode_event(line: bytes) -> dict:
-    "The event in a line. Raises `ValueError` when it is none, or has changed since it was written."
+    "The event in a line, in today's names. Raises `ValueError` when it is none, or has changed since it was written."
     start, mark, _ = line.rpartition(_CHECKSUM[:10])
     body = start + b"}" if mark else line.rstrip()
     if mark and line.rstrip() != start + _CHECKSUM % zlib.crc32(body):
@@ -47,7 +47,7 @@ def decode_event(line: bytes) -> dict:
     row = json.loads(body)
     if not isinstance(row, dict) or "event" not in row:
         raise ValueError("it is no event")
-    return plain_json(row) if rb"\ud" in body else row
+    return present_event(plain_json(row) if rb"\ud" in body else row)
 
 # %% ../nbs/16_runlog.ipynb #7fc6dae6
 def read_events(

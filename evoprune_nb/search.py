@@ -72,7 +72,8 @@ def create_run(
     "Create a run directory, unless another process is first. Raises `ValueError` for a directory of something else."
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run directory {run_dir} is a file; choose another")
-    if foreign := [name for name in contents(run_dir) if name not in ("database", "config.json", "config.json.tmp")]:
+    there = contents(run_dir)
+    if "config.json" not in there and (foreign := [name for name in there if name not in ("database", "config.json.tmp")]):
         raise ValueError(f"run directory {run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
