@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -17,13 +18,13 @@ from evoprune_nb import modeling
 from evoprune_nb.machine.attention import IN_BLOCKS
 from evoprune_nb.candidates import materialize
 from evoprune_nb.ui.cli import main
-from evoprune_nb.ship.cards import Card, base_license, read_card
+from evoprune_nb.ship.cards import Card, add_scores, base_license, read_card
 from evoprune_nb.ship.export import export_hf, is_run, load_exported, load_winner
 from evoprune_nb.ship.layers import per_layer_config
 from evoprune_nb.history import History
 from evoprune_nb.modeling import fit_layers
 from evoprune_nb.models import load_model, model_fingerprint
-from evoprune_nb.ship.padded import group_sizes
+from evoprune_nb.ship.padded import export_padded, group_sizes
 from evoprune_nb.database import build_database
 from evoprune_nb.search import Search
 from evoprune_nb.source import Source
@@ -181,7 +182,7 @@ def test_a_used_directory_is_refused(made, tokenizer, tmp_path):
     candidate, database = made("llama-gqa", "thin")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="used is not empty"):
+    with pytest.raises(ValueError, match="used exists and is not an empty directory"):
         export_hf(candidate, tokenizer, tmp_path / "used")
     assert [path.name for path in tmp_path.rglob("*")] == ["used", "notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -320,6 +321,206 @@ def test_card_tells_what_is_known(made, tokenizer, tmp_path):
     assert base_license(str(tmp_path / "first"))[0] == "cc-by-4.0" and base_license("smollm2-135m")[0] == "apache-2.0"
 
 
+USE = """
+import json, pathlib, sys
+sys.modules["evoprune_nb"] = None  # importing it is an error from here on
+import torch, transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+transformers.logging.set_verbosity_error()
+source, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+load = lambda kind=AutoModelForCausalLM, **more: kind.from_pretrained(source, trust_remote_code=True, **more).eval()
+blocks, found = torch.arange(40).view(2, 20), {}
+torch.set_grad_enabled(False)
+model = load()
+wanted, hidden = model(blocks).logits, model.model(blocks).last_hidden_state
+
+def use(function):
+    try:
+        with torch.enable_grad():
+            found[function.__name__] = function()
+    except Exception as error:
+        found[function.__name__] = f"{type(error).__name__}: {error}"
+
+@use
+def body():
+    body = load(AutoModel)
+    return type(body).__name__ == "PrunedModel" and not hasattr(body, "lm_head") and torch.equal(body(blocks).last_hidden_state, hidden)
+
+@use
+def body_again():
+    load(AutoModel).save_pretrained(out / "body")
+    return torch.equal(AutoModel.from_pretrained(out / "body", trust_remote_code=True).eval()(blocks).last_hidden_state, hidden)
+
+@use
+def half():
+    return bool((load().half()(blocks).logits.float() - wanted).abs().max() < 0.05 * wanted.abs().max())
+
+@use
+def device_map():
+    return torch.equal(load(device_map="auto")(blocks.to(load(device_map="auto").device)).logits.cpu(), wanted)
+
+@use
+def generation():
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    direct = tokenizer.decode(load().generate(**tokenizer("The city", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0])
+    writer = pipeline("text-generation", str(source), trust_remote_code=True, device="cpu")
+    return writer("The city", max_new_tokens=8, do_sample=False)[0]["generated_text"] == direct
+
+@use
+def features():
+    return len(pipeline("feature-extraction", str(source), trust_remote_code=True, device="cpu")("The city")[0][0]) == hidden.shape[-1]
+
+@use
+def trainer():
+    model = load()
+    rows = [{"input_ids": row, "labels": row} for row in blocks]
+    options = transformers.TrainingArguments(str(out / "trainer"), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-3)
+    transformers.Trainer(model, options, train_dataset=rows).train()
+    model.eval().save_pretrained(out / "trained")
+    again = AutoModelForCausalLM.from_pretrained(out / "trained", trust_remote_code=True).eval()
+    return torch.equal(again(blocks).logits, model(blocks).logits) and not torch.equal(model(blocks).logits, wanted)
+
+@use
+def compiled():
+    torch.testing.assert_close(torch.compile(load(), backend="aot_eager")(blocks).logits, wanted)
+    return True
+
+@use
+def exported():
+    program = torch.export.export(load(), (), {"input_ids": blocks, "use_cache": False})
+    torch.testing.assert_close(program.module()(input_ids=blocks, use_cache=False).logits, wanted)
+    return True
+
+@use
+def default_lora():
+    import peft
+
+    adapted = peft.get_peft_model(load(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    places = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    adapted(blocks, labels=blocks).loss.backward()
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(0.01 * p.requires_grad)
+    adapted.save_pretrained(out / "lora")
+    again = peft.PeftModel.from_pretrained(load(), out / "lora")
+    return sorted(places) == ["q_proj", "v_proj"] and torch.equal(again(blocks).logits, adapted.eval()(blocks).logits) and not torch.equal(again(blocks).logits, wanted)
+
+(out / "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tokenizer, database, tmp_path_factory):
+    "The embedded model with uneven heads and a missing sublayer of each kind, in `this/directory`, as its card says."
+    candidate = materialize(tiny, database, database.space.genome([0, 1, 2, 3, 4, 5, 6, 6] + [0, 3, 10, 5, 7, 9, 1, 10]))
+    return export_hf(candidate, tokenizer, tmp_path_factory.mktemp("exported") / "this" / "directory")
+
+
+def elsewhere(script, *arguments, cwd) -> subprocess.CompletedProcess:
+    "Run Python code in a fresh process; nobody answers its questions."
+    environment = os.environ | {"HF_MODULES_CACHE": str(cwd / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def used(exported, tmp_path_factory):
+    "What other software makes of an export, by kind of use."
+    out = tmp_path_factory.mktemp("used")
+    done = elsewhere(USE, exported, out, cwd=out)
+    assert (out / "found.json").exists(), done.stderr[-3000:]
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.mark.parametrize("use", ["body", "body_again", "half", "device_map", "generation", "features", "trainer", "compiled", "exported", "default_lora"])
+def test_other_software_uses_it(used, use):
+    """AutoModel (the body, with the weights of the whole), half precision, device_map="auto", pipelines, Trainer, torch.compile, torch.export,
+    and peft, which finds the layers to adapt as it does in the stock model."""
+    if use == "default_lora":
+        pytest.importorskip("peft")
+    assert used[use] is True, used[use]
+
+
+@pytest.mark.parametrize("form", ["hf", "padded"])
+def test_the_lines_on_the_card_load_it(exported, tokenizer, tmp_path, form):
+    "Word for word, in a fresh process, without a question whether to run the code."
+    home = exported.parents[1]
+    if form == "padded":
+        home = tmp_path
+        export_padded(load_exported(exported)[0], tokenizer, home / "this" / "directory", pad_heads=True)
+    code = (home / "this" / "directory" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = elsewhere(f"{code}\nprint(tokenizer('Hello, world')['input_ids'], type(model).__name__)", cwd=home)
+    assert "[y/N]" not in done.stdout + done.stderr and "run the custom code" not in done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.strip().startswith(str(tokenizer("Hello, world")["input_ids"])), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_body_of_every_family(made, tokenizer, tmp_path, monkeypatch, family):
+    "AutoModel gives the last hidden state that the whole model has."
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    candidate, _ = made(family, "a layer gone")
+    body = transformers.AutoModel.from_pretrained(export_hf(candidate, tokenizer, tmp_path / family), trust_remote_code=True).eval()
+    behaviour(candidate)  # with torch's attention
+    with torch.no_grad():
+        assert torch.equal(body(random_blocks()).last_hidden_state, candidate.get_decoder()(random_blocks()).last_hidden_state)
+
+
+def test_links_out_of_a_model_are_not_followed(made, tokenizer, tmp_path):
+    "A LICENSE or a picture that is a link to somewhere else stays out of an export; the links of the hub's cache are followed."
+    (tmp_path / "secret").write_text("the private key")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    (base / "NOTICE").write_text("read me")
+    (base / "genome.png").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="LICENSE is a link out of the model's directory"):
+        assert [path.name for path in base_license(str(base))[1]] == ["NOTICE"]
+    with pytest.warns(UserWarning):
+        assert read_card(base).figure is None
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("all of it")
+    (snapshot / "LICENSE").symlink_to("../../blobs/123")
+    out = export_hf(made("llama-gqa", "thin")[0], tokenizer, tmp_path / "out", Card(str(snapshot), *base_license(str(snapshot))))
+    assert (out / "LICENSE").read_text() == "all of it" and not (out / "LICENSE").is_symlink()
+
+
+def test_cards_escape_what_comes_from_others(made, tokenizer, tmp_path):
+    "Names, notes, scores and provenance show as the text they are: no element, link, image, heading or further cell."
+    evil = "a <img src=x onerror=alert(1)> | [b](http://c) ![d](e) `f` **g**\n\n# h\n| i | j |"
+    card = Card(f"/x/{evil.replace('/', '')}", evil, (), evil, 0, {evil: 1.5, "task acc": evil}, {evil: evil}, None, evil)
+    out = export_hf(made("llama-gqa", "thin")[0], tokenizer, tmp_path / "out", card)
+    html = markdown_html((out / "README.md").read_text().split("\n---\n", 1)[1])
+    for tag in ("<img", 'href="http://c"', "<em>", "<strong>"):
+        assert tag not in html, tag
+    assert html.count("<code") == 1 and html.count("<h1") == 1 and html.count("<table>") == 3 and "&lt;img src=x onerror=alert(1)&gt;" in html
+    assert huggingface_hub.ModelCard.load(out / "README.md").data.license == evil
+
+
+def markdown_html(text: str) -> str:
+    import mistune
+
+    return mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(text)
+
+
+def test_scores_are_in_the_front_matter(made, tokenizer, tmp_path):
+    "What an evaluation has measured is there as model hubs read it; what an owner wrote by hand stays."
+    out = export_hf(made("llama-gqa", "thin")[0], tokenizer, tmp_path / "out", Card("org/base", scores={"fitness in the search (perplexity)": 3.0}))
+    assert "model-index" not in (out / "README.md").read_text()
+    (out / "evaluation.json").write_text(json.dumps({"heldout": {"perplexity": 9.5}, "tasks": {"piqa": {"metrics": {"acc": 0.5}}}}))
+    found = huggingface_hub.ModelCard.load(out / "README.md")
+    found.data.eval_results, found.data.model_name, found.data.language = [huggingface_hub.EvalResult("text-generation", "mine", "mine", "acc", 0.9)], "my model", "en"
+    found.text += "\nMy own line.\n"
+    found.save(out / "README.md")
+    add_scores(out)
+    once = (out / "README.md").read_text()
+    add_scores(out)
+    assert (out / "README.md").read_text() == once
+    again = huggingface_hub.ModelCard.load(out / "README.md")
+    assert [(row.dataset_name, row.metric_type, row.metric_value) for row in again.data.eval_results] == [("mine", "acc", 0.9), ("held-out", "perplexity", 9.5), ("piqa", "acc", 0.5)]
+    assert again.data.language == "en" and again.data.model_name == "my model" and "My own line." in again.text and "| piqa acc | 0.5 |" in again.text
+
+
 @pytest.fixture(scope="module")
 def run_dir(tiny, database, pools, tmp_path_factory):
     "A finished run on the embedded model, with made-up fitness, that says what it searched; its database lies elsewhere."
@@ -368,7 +569,7 @@ def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys,
     before = sorted(path.name for path in tmp_path.rglob("*"))
     out, base = str(tmp_path / "out"), ["--database", str(database.directory)]
     for arguments, message in (
-        ([str(run_dir), str(tmp_path / "used"), *base], "is not empty; export to a new directory"),
+        ([str(run_dir), str(tmp_path / "used"), *base], "is not an empty directory; choose another place"),
         ([str(tmp_path), out], "is neither a run directory nor a checkpoint"),
         ([str(plain), out, *base], "name it (--model)"),
         ([str(run_dir), out], "holds no level database; say where it is (--database)"),
