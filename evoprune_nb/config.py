@@ -7,13 +7,12 @@ __all__ = ['DEFAULT_STAGES', 'present_settings', 'present_event', 'SearchConfig'
            'generation_tokens']
 
 # %% ../nbs/14_config.ipynb #8e1999b2
-import json
 from dataclasses import dataclass, fields
 
-from .genome import Genome, Space
+from .genome import Space
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage, check_stages, check_warm_start
-from .target import Budget, check_caps, check_limits, plan_budget
+from .target import Target
 from .training import Training
 
 # %% ../nbs/14_config.ipynb #a87b3daf
@@ -27,7 +26,8 @@ def present_settings(
     row = {_RENAMED.get(name, name): value for name, value in row.items()}
     if "restart" in row:
         row["warm_start"] = row.pop("restart") == "continue"
-    return row
+    size = {name: row.pop(name) for name in ("sparsity", "params", "limits", "caps", "tolerance") if name in row}
+    return row if "target" in row else row | {"target": {name: value for name, value in size.items() if value is not None}}
 
 
 def present_event(
@@ -46,11 +46,7 @@ DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048
 @dataclass(frozen=True)
 class SearchConfig:
     "Everything that determines a search, besides model, database and data."
-    sparsity: float | None = None  # share of the structures to remove (0.5 when nothing else limits the size), or …
-    params: int | None = None  # … the largest number of parameters, and/or …
-    limits: dict[str, float] | None = None  # … measure ("params", "flops", "kv_bytes", "latency") → largest share of the dense model's cost
-    caps: dict[str, int] | None = None  # limits on shapes: "max_width", "min_width", "max_heads", "min_heads" of any layer
-    tolerance: float = 0.01  # how far below its budget a candidate may be
+    target: Target = Target(sparsity=0.5)  # how large the pruned model may be
     generations: int = 20  # how many
     offspring: int = 8  # λ, candidates per generation
     stages: tuple[Stage, ...] = DEFAULT_STAGES  # survivors and tokens of each stage
@@ -64,29 +60,23 @@ class SearchConfig:
     n_jobs: int = 1  # candidates evaluated side by side (see `Evaluator`)
 
     def __post_init__(self):
-        if self.sparsity is None and self.params is None and not self.limits:
-            object.__setattr__(self, "sparsity", 0.5)
-        check_limits(self.limits or {})
-        check_caps(self.caps or {})
         check_stages(self.stages, self.offspring)
         check_warm_start(self.warm_start, self.stages)
         if self.fitness not in FITNESS:
             raise ValueError(f"fitness {self.fitness!r} is unknown; use one of {', '.join(FITNESS)}")
         if self.operator not in OPERATORS:
             raise ValueError(f"mutation operator {self.operator!r} is unknown; there are {', '.join(OPERATORS)}")
-        if self.generations < 1 or self.max_swaps < 1 or self.n_jobs < 1 or not 0 <= self.tolerance < 1:
-            raise ValueError(f"need generations ≥ 1, max_swaps ≥ 1, n_jobs ≥ 1 and 0 ≤ tolerance < 1; got {self.generations}, {self.max_swaps}, {self.n_jobs}, {self.tolerance}")
+        if self.generations < 1 or self.max_swaps < 1 or self.n_jobs < 1:
+            raise ValueError(f"need generations ≥ 1, max_swaps ≥ 1 and n_jobs ≥ 1; got {self.generations}, {self.max_swaps}, {self.n_jobs}")
 
     @classmethod
     def from_dict(cls, row: dict) -> "SearchConfig":
         "From JSON, of this version or an earlier one."
         row = present_settings(row)
-        return cls(**row | {"stages": tuple(Stage(**stage) for stage in row["stages"]), "training": Training(**row["training"])})
+        parts = {"target": Target(**row["target"]), "stages": tuple(Stage(**stage) for stage in row["stages"])}
+        return cls(**row | parts | {"training": Training(**row["training"])})
 
 # %% ../nbs/14_config.ipynb #852375f8
-_TARGET = ("sparsity", "params", "limits", "caps", "tolerance")  # settings that say how large a pruned model may be
-
-
 @dataclass(frozen=True)
 class ActiveConfig(SearchConfig):
     "The settings in force, as steering has changed them."
@@ -112,17 +102,6 @@ class ActiveConfig(SearchConfig):
         "Indices of the frozen units."
         return frozenset(i for i, unit in enumerate(space.units) if unit.name in self.frozen)
 
-    def target(self, space: Space) -> tuple[Budget, Genome]:
-        "The budget, and the uniform genome that meets it. Raises `ValueError` when no genome of the space does."
-        planned = vars(space).setdefault("_planned", {})  # with the space, as its cached properties are: planning may take a second
-        key = json.dumps([getattr(self, name) for name in _TARGET], sort_keys=True)
-        if key not in planned:
-            planned[key] = plan_budget(space, self.sparsity, self.params, self.tolerance, self.limits, self.caps)
-        return planned[key]
-
-    def same_target(self, other: "ActiveConfig") -> bool:
-        "Whether both ask for the same size."
-        return all(getattr(self, name) == getattr(other, name) for name in _TARGET)
 
 # %% ../nbs/14_config.ipynb #b5b5b98f
 def forward_tokens(tuning: int, scoring: int) -> int:

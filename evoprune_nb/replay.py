@@ -70,7 +70,7 @@ def replay(
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)
-    if "latency" in (recorded.config.limits or {}):
+    if "latency" in recorded.config.target.limits:
         database = with_stored_latency(model, database)
     mine = fingerprints(database, pools, recorded.config)
     if differing := [f"{name} ({theirs} there, {mine.get(name)} here)" for name, theirs in recorded.settings["fingerprints"].items() if mine.get(name) != theirs]:

@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ def fingerprints(
 ) -> dict[str, str]:
     "What a search depends on besides its settings: name → 16 hex digits."
     space, text = database.space, {name: pool.fingerprint() for name, pool in sorted(pools.items()) if name != "calibration"}
-    return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.limits else {})
+    return {"model": space.model, "space": space.fingerprint, "database": database.fingerprint} | text | ({"costs": space.costs_fingerprint} if config.target.limits else {})
 
 # %% ../nbs/17_search.ipynb #a1c0ffee
 class AllDisqualified(RuntimeError):
@@ -112,7 +112,7 @@ class Search:
         evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # (genome, generation, stage) → evaluation, instead of `Evaluator`
         source: Source | None = None,  # how model, text and database were made, for export, `attach` and `to_notebook`
     ):
-        if "latency" in (config.limits or {}):
+        if "latency" in config.target.limits:
             database = with_stored_latency(model, database)
         self.run_dir, self.model, self.database, self.pools, self.config = Path(run_dir), model, database, pools, config
         self.space = database.space
@@ -121,7 +121,7 @@ class Search:
         needed = ["tuning", "scoring"] + ["heldout"] * bool(config.heldout_tokens)
         if missing := [name for name in needed if name not in pools]:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
-        _, self.start = ActiveConfig.of(config).target(self.space)
+        _, self.start = plan_budget(self.space, config.target)
         self.position = self._end = self._origin()
         self._evaluator, self._evaluate, self._made_for, self._announced = evaluator, None, None, None
         self._prepare_evaluator(self.rules, 0)
@@ -183,7 +183,7 @@ class Search:
 
     @property
     def budget(self) -> Budget:
-        return self.rules.target(self.space)[0]
+        return plan_budget(self.space, self.rules.target)[0]
 
     def _place(self) -> dict:
         "Branch and generation, as events name them."
@@ -313,13 +313,13 @@ class Search:
 
     def _aimed(self, parent: Genome, rules: ActiveConfig) -> Genome:
         "The parent, fitted to the budget if that has moved."
-        budget, _ = rules.target(self.space)
+        budget, _ = plan_budget(self.space, rules.target)
         return parent if budget.contains(self.space, parent) else fit_budget(parent, self.space, budget, self.database.errors, rules.frozen_units(self.space))
 
     def _offspring(self, parent: Genome, position: SearchState) -> list[Genome]:
         "Mutants of a parent, by the rules and seeds of a position."
         rules, rng = position.rules, random.Random(derive_seed(self._seed(position.branch), position.generation, "mutation"))
-        return make_offspring(parent, self.space, rules.target(self.space)[0], rules.offspring, rng, rules.operator, rules.max_swaps, rules.frozen_units(self.space))
+        return make_offspring(parent, self.space, plan_budget(self.space, rules.target)[0], rules.offspring, rng, rules.operator, rules.max_swaps, rules.frozen_units(self.space))
 
     def _brood(self) -> tuple[Genome, list[Genome], dict]:
         "Parent and candidates of the generation that begins, and what else its event says."
@@ -501,7 +501,8 @@ def check_search(
     units = prunable_units(model)
     space = make_space(model, units, level_grid(units, heads, n_levels))
     Evaluator(model, None, pools, config.stages, config.training, config.fitness, config.seed)
-    limits = {measure: share for measure, share in (config.limits or {}).items() if measure != "latency"}  # seconds are known once the database's units were timed
-    if limits or config.sparsity is not None or config.params is not None:
-        budget, start = plan_budget(space, config.sparsity, config.params, config.tolerance, limits, config.caps)
+    target = config.target
+    limits = {measure: share for measure, share in target.limits.items() if measure != "latency"}  # seconds are known once the database's units were timed
+    if limits or target.sparsity is not None or target.params is not None:
+        budget, start = plan_budget(space, replace(target, limits=limits))
         make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_swaps)

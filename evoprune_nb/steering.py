@@ -14,6 +14,7 @@ from .costs import MEASURES
 from .genome import Genome, Space
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage
+from .target import plan_budget
 
 # %% ../nbs/15_steering.ipynb #b472b660
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def change_rules(
     if setting == "stages":
         return replace(rules, stages=tuple(Stage(**row) for row in value))
     if setting in ("sparsity", "params"):
-        return replace(rules, **{"sparsity": None, "params": None, setting: value})
+        return replace(rules, target=replace(rules.target, **{"sparsity": None, "params": None, setting: value}))
+    if setting == "limits":
+        return replace(rules, target=replace(rules.target, limits=value or {}))
     return replace(rules, **{setting: value})
 
 # %% ../nbs/15_steering.ipynb #6b1aa3a4
@@ -123,7 +126,7 @@ def _checked_units(units, space: Space) -> list[str]:
 def _meets_budget(genome: Genome, rules: ActiveConfig, space: Space) -> None:
     "Raise `ValueError` for a genome of another shape or size."
     space.check(genome)
-    budget, _ = rules.target(space)
+    budget, _ = plan_budget(space, rules.target)
     if not budget.contains(space, genome):
         has = ", ".join(f"{space.cost(genome, measure):,.6g} {MEASURES[measure]}" for measure in budget.limits)
         raise ValueError(f"genome {genome.code} has {has}; the budget is {budget}")
@@ -161,11 +164,9 @@ def check_command(
     elif name == "set":
         _one_of("setting", row["setting"], SETTINGS)
         row["value"] = _checked_value(row["setting"], row["value"])
-        if row["value"] is None and not any(getattr(rules, other) for other in ("sparsity", "params", "limits") if other != row["setting"]):
-            raise ValueError(f"without {row['setting']} nothing limits the size; set another of sparsity, params and limits first")
     changed = change_rules(rules, row)
-    if not changed.same_target(rules):
-        changed.target(space)  # raises when it is out of reach
+    if changed.target != rules.target:
+        plan_budget(space, changed.target)  # raises when it is out of reach
     return row
 
 # %% ../nbs/15_steering.ipynb #93f43a8c

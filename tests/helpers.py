@@ -2,6 +2,7 @@
 import gc
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +17,7 @@ from evoprune_nb.genome import Genome, Space, level_grid
 from evoprune_nb.models import Unit
 from evoprune_nb.search import SearchConfig
 from evoprune_nb.selection import Evaluation, Stage
+from evoprune_nb.target import Target
 from evoprune_nb.training import Training
 
 VOCABULARY = 100
@@ -112,9 +114,11 @@ def small_pools(seq_len: int = 16) -> dict[str, TokenPool]:
 
 
 def short_config(**changes) -> SearchConfig:
-    "A search of seconds on a small model: 3 generations of 4 offspring in two stages, the second with tuning."
-    return SearchConfig(**dict(
-        generations=3, offspring=4, stages=(Stage(2, 0, 32), Stage(1, 64, 48)), tolerance=0.1, training=Training(lr=1e-3, batch_size=2)) | changes)
+    "A search of seconds on a small model: 3 generations of 4 offspring in two stages, the second with tuning. Fields of `Target` are taken by their names."
+    size = {"sparsity": 0.5} if not changes.keys() & {"params", "limits", "target"} else {}
+    size |= {"tolerance": 0.1} | {field.name: changes.pop(field.name) for field in fields(Target) if field.name in changes}
+    defaults = dict(generations=3, offspring=4, stages=(Stage(2, 0, 32), Stage(1, 64, 48)), training=Training(lr=1e-3, batch_size=2))
+    return SearchConfig(**{"target": Target(**size)} | defaults | changes)
 
 
 def made_up(genome: Genome, generation: int, stage: int) -> Evaluation:

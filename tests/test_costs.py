@@ -5,7 +5,7 @@ import transformers
 from helpers import random_blocks, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from evoprune_nb.target import plan_budget, uniform_genome
+from evoprune_nb.target import Target, plan_budget, uniform_genome
 from evoprune_nb.candidates import materialize
 from evoprune_nb.costs import fixed_costs, unit_costs
 from evoprune_nb.genome import level_grid, make_space
@@ -60,7 +60,7 @@ def test_costs_of_sublayers_that_cannot_be_pruned():
     space = make_space(model, units, level_grid(units))
     assert list(space.costs) == list(space.fixed) == ["params"]
     with pytest.raises(ValueError, match="'flops' are not known here; known are params"):
-        plan_budget(space, limits={"flops": 0.5})
+        plan_budget(space, Target(limits={"flops": 0.5}))
 
 
 def test_attention_grows_with_the_context_up_to_the_window():
@@ -125,7 +125,7 @@ def test_published_grids(full_size):
 def test_published_targets_are_reached_within_a_hundredth(full_size):
     "2.7B, 4.6B and 8.4B parameters, from the uniform start, are met to within 1 %, and never exceeded."
     _, _, space, _, target = full_size
-    budget, start = plan_budget(space, params=int(target), tolerance=0.01)
+    budget, start = plan_budget(space, Target(params=int(target)))
     assert budget.contains(space, start) and 0.99 * target <= space.n_params(start) <= target
     assert max(start.mlp) - min(start.mlp) <= 1
 
@@ -134,6 +134,6 @@ def test_full_size_limits_of_every_kind(full_size):
     "Half of the arithmetic, of the cache, or both, can be asked of a full-size model; a uniform half of the levels keeps half of each unit."
     _, _, space, _, _ = full_size
     for limits in ({"flops": 0.5}, {"kv_bytes": 0.5}, {"flops": 0.6, "kv_bytes": 0.5}):
-        budget, start = plan_budget(space, limits=limits, tolerance=0.03)
+        budget, start = plan_budget(space, Target(limits=limits, tolerance=0.03))
         assert all(space.cost(start, measure) <= share * space.dense_cost(measure) for measure, share in limits.items()) and budget.contains(space, start)
     assert space.params_removed(uniform_genome(space, 0.5)) == pytest.approx(0.5, abs=0.06)

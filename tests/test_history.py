@@ -112,7 +112,7 @@ def test_lines_and_branches(steered):
     survivors = history.survivors
     assert survivors[survivors.on_line][["branch", "generation"]].apply(tuple, axis=1).tolist() == history.line and (~survivors.on_line).sum() == 1
     assert history.generations.status.value_counts().to_dict() == {"finished": 5, "abandoned": 3}
-    assert [rules.sparsity for rules in history.generations.rules][:2] == [0.5, 0.4] and history.rules.offspring == 5
+    assert [rules.target.sparsity for rules in history.generations.rules][:2] == [0.5, 0.4] and history.rules.offspring == 5
 
 
 def test_ranks_and_fates(steered):

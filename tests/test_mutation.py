@@ -6,7 +6,7 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.target import Budget, plan_budget
+from evoprune_nb.target import Budget, Target, plan_budget
 from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
 from evoprune_nb.mutation import OPERATORS, MutationError, cost_swap, level_swap, make_offspring
@@ -44,7 +44,7 @@ def test_level_swap_is_a_function_of_its_generator(drawn, seed):
 @given(spaces(), st.floats(0, 1), seeds, st.integers(1, 8), st.data())
 def test_offspring_keep_every_promise_or_say_how_many_do(space, sparsity, seed, n, data):
     "Offspring are n distinct genomes within the budget, not the parent, frozen units untouched, and reproducible; or an error says how many there are."
-    budget, parent = plan_budget(space, sparsity=sparsity, tolerance=0.05)
+    budget, parent = plan_budget(space, Target(sparsity=sparsity, tolerance=0.05))
     frozen = data.draw(st.sets(st.integers(0, len(space.units) - 1), max_size=len(space.units) // 2))
     make = lambda: make_offspring(parent, space, budget, n, random.Random(seed), frozen=frozen, max_tries=40)
     try:
@@ -67,7 +67,7 @@ def space():
 
 def test_offspring_are_found_where_they_exist(space):
     "An ordinary space has a full generation of offspring, and every unit is reached by mutation."
-    budget, parent = plan_budget(space, sparsity=0.5, tolerance=0.05)
+    budget, parent = plan_budget(space, Target(sparsity=0.5, tolerance=0.05))
     changed = set()
     for seed in range(20):
         offspring = make_offspring(parent, space, budget, 16, random.Random(seed))
@@ -80,14 +80,14 @@ def test_offspring_are_found_where_they_exist(space):
 def test_impossible_generations_end_with_an_error(space, options, message):
     "Everything frozen, a single thawed unit, nothing left to swap, more offspring than exist: an error, not an endless loop."
     options = dict(sparsity=0.5, n=4, frozen=()) | options
-    budget, parent = plan_budget(space, sparsity=options.pop("sparsity"))
+    budget, parent = plan_budget(space, Target(sparsity=options.pop("sparsity")))
     with pytest.raises(MutationError, match=message):
         make_offspring(parent, space, budget, rng=random.Random(0), max_tries=20, **options)
 
 
 def test_unknown_operator_names_the_known_ones(space):
     "A misspelt operator is an error that lists those there are."
-    budget, parent = plan_budget(space, sparsity=0.5)
+    budget, parent = plan_budget(space, Target(sparsity=0.5))
     with pytest.raises(ValueError, match="level_swap"):
         make_offspring(parent, space, budget, 1, random.Random(0), operator="levelswap")
 
@@ -110,7 +110,7 @@ def test_offspring_keep_limits_and_caps(space, limits, seed, operator, data):
     "Under limits of any kind, alone or together, and caps: offspring of both operators exceed none, waste none, and keep frozen units; or an error says how many there are."
     caps = {"max_width": data.draw(st.integers(0, 400)), "min_heads": data.draw(st.integers(0, 3))}
     try:
-        budget, parent = plan_budget(space, limits=limits, caps=caps, tolerance=0.1)
+        budget, parent = plan_budget(space, Target(limits=limits, caps=caps, tolerance=0.1))
     except ValueError:
         return
     frozen = data.draw(st.sets(st.integers(0, len(space.units) - 1), max_size=len(space.units) // 2))
@@ -129,7 +129,7 @@ def test_offspring_keep_limits_and_caps(space, limits, seed, operator, data):
 
 def test_cost_swaps_trade_heads_for_channels(space):
     "Level swaps keep the number of levels of each kind; cost swaps change it in most children, both ways, and nearly all meet the budget."
-    budget, parent = plan_budget(space, limits={"params": 0.6}, tolerance=0.05)
+    budget, parent = plan_budget(space, Target(limits={"params": 0.6}, tolerance=0.05))
     children = [cost_swap(parent, space, budget, random.Random(seed)) for seed in range(200)]
     heads = [sum(child.attn) - sum(parent.attn) for child in children]
     assert sum(budget.contains(space, child) for child in children) > 150 and min(heads) < 0 < max(heads) and sum(map(bool, heads)) > 60
@@ -143,6 +143,6 @@ def test_level_swaps_of_earlier_versions_are_reproduced(tiny, wanted, start, off
     "Budgets of sparsity or parameters give the genomes, and the space the fingerprint, that version 0.1.0 gave: its runs can be continued."
     units = prunable_units(tiny)
     space = make_space(tiny, units, level_grid(units), fingerprint="tiny")
-    budget, parent = plan_budget(space, **wanted)
+    budget, parent = plan_budget(space, Target(**wanted))
     assert space.fingerprint == "e084fbfcfc667ed5" and parent.code == start
     assert [child.code for child in make_offspring(parent, space, budget, 4, random.Random(7))] == offspring

@@ -12,7 +12,7 @@ import transformers
 from helpers import peak_of_tensors
 
 from evoprune_nb import training
-from evoprune_nb.target import plan_budget
+from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
 from evoprune_nb.ship.export import export_hf
@@ -32,7 +32,7 @@ CONFIG = SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ)
 
 def one_generation(model, database, pools, config=CONFIG) -> list:
     "Run one generation from the uniform parent, as a search does."
-    budget, parent = plan_budget(database.space, config.sparsity)
+    budget, parent = plan_budget(database.space, config.target)
     evaluate = Evaluator(model, database, pools, config.stages, config.training, warm_start=config.warm_start)
     evaluate.reference = parent
     return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluate, 0))
@@ -128,7 +128,7 @@ def test_bytes_of_smollm2(corpus, tmp_path, monkeypatch):
     assert search.memory_bytes == pytest.approx(measured["searching"], rel=0.2)
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
     levels = LevelDatabase(tmp_path / "database", model)
-    candidate = materialize(model, levels, plan_budget(levels.space, CONFIG.sparsity)[1])
+    candidate = materialize(model, levels, plan_budget(levels.space, CONFIG.target)[1])
     memory, disk = post_trained(candidate, tokenizer, corpus, settings, tmp_path, monkeypatch)
     assert post_training.memory_bytes == pytest.approx(memory, rel=0.2) and post_training.disk_bytes == pytest.approx(disk, rel=0.2)
 
@@ -157,7 +157,7 @@ def test_bytes_of_post_training(tiny, corpus, tokenizer, database, tmp_path, mon
     "Memory and checkpoints of Trainer are predicted within 20 %, whatever is recomputed, accumulated or distilled."
     settings = PostTraining(**dict(n_tokens=1, seq_len=SEQ, batch_size=4) | changes)
     settings = replace(settings, n_tokens=4 * settings.tokens_per_step(), epochs=9)
-    candidate = materialize(tiny, database, plan_budget(database.space, 0.5)[1])
+    candidate = materialize(tiny, database, plan_budget(database.space, Target(0.5))[1])
     memory, disk = post_trained(candidate, tokenizer, corpus, settings, tmp_path, monkeypatch, "tiny" if settings.distillation else "")
     phase = plan("tiny", CONFIG, seq_len=SEQ, dtype="float32", post_training=settings).phases[2]
     assert phase.memory_bytes == pytest.approx(memory + (sum(p.nbytes for p in tiny.parameters()) if settings.distillation else 0), rel=0.2)
@@ -224,7 +224,7 @@ def test_full_size_model_is_planned_without_weights():
     "An 8B configuration is planned on the meta device; parameters are those of the published target within the tolerance."
     config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16")
     assert meta_model(config).device.type == "meta"
-    planned = plan(config, SearchConfig(sparsity=None, params=4_600_000_000, offspring=16, stages=PUBLISHED_STAGES, tolerance=0.02), calibration_tokens=16_800_000, seq_len=8192)
+    planned = plan(config, SearchConfig(Target(params=4_600_000_000, tolerance=0.02), offspring=16, stages=PUBLISHED_STAGES), calibration_tokens=16_800_000, seq_len=8192)
     assert planned.dense_params == 8_030_261_248 and planned.params == pytest.approx(4.6e9, rel=0.02)
     with pytest.raises(ValueError, match="outside what the grid can reach"):
-        plan(config, SearchConfig(sparsity=None, params=10**12))
+        plan(config, SearchConfig(Target(params=10**12)))

@@ -19,6 +19,7 @@ from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search, SearchConfig
 from evoprune_nb.source import Source
 from evoprune_nb.selection import Stage
+from evoprune_nb.target import Target
 from evoprune_nb.ui.worker import Worker
 from evoprune_nb.replay import commands_of, follow, replay
 
@@ -180,7 +181,7 @@ def afternoon(tiny, tokenizer, corpus, tmp_path_factory):
     pools = load_pools(corpus, tokenizer, 32, {"calibration": 2048, "tuning": 2048, "scoring": 1024})
     database = build_database(tiny, pools["calibration"].draw(1024, seed=0), directory / "database", heads="group", n_levels=5, progress=False)
     source = Source("tiny", text=str(corpus), seq_len=32, calibration_tokens=1024, heads="group", n_levels=5)
-    config = SearchConfig(generations=3, offspring=3, stages=(Stage(2, 0, 64), Stage(1, 64, 128)), tolerance=0.05)
+    config = SearchConfig(generations=3, offspring=3, stages=(Stage(2, 0, 64), Stage(1, 64, 128)), target=Target(0.5, tolerance=0.05))
     search = Search(directory / "run", tiny, database, pools, config, source=source)
     search.step()
     search.send({"command": "set", "setting": "sparsity", "value": 0.4, "when": "now"})

@@ -17,6 +17,7 @@ from evoprune_nb.source import Source
 from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.steering import COMMANDS, SETTINGS, change_rules, check_command, describe
 from evoprune_nb.config import ActiveConfig, SearchConfig, generation_tokens
+from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.training import Training
 
 
@@ -47,7 +48,7 @@ WRONG = [
     (set_("offspring", 2.5), "offspring must be a whole number; got 2.5"), (set_("offspring", True), "whole number; got True"), (set_("offspring", "8"), "whole number; got '8'"),
     (set_("offspring", 1), r"must narrow 1 offspring down to 1 survivor; got survivors \[2, 1\]"), (set_("max_swaps", 0), "max_swaps ≥ 1"), (set_("generations", 0), "generations ≥ 1"),
     (set_("operator", "crossover"), "'crossover' is unknown"), (set_("operator", 3), "operator must be a name"), (set_("fitness", "bleu"), "'bleu' is unknown"),
-    (set_("lr", "fast"), "lr must be a number"), (set_("lr", -1.0), "lr > 0"), (set_("sparsity", 1.5), "outside what the grid can reach: 0 to 1"), (set_("params", 10), "10 parameters are outside"),
+    (set_("lr", "fast"), "lr must be a number"), (set_("lr", -1.0), "lr > 0"), (set_("sparsity", 1.5), "sparsity must be a share of the structures, 0 to 1; got 1.5"), (set_("params", 10), "10 parameters are outside"),
     (set_("limits", 0.5), "limits must be like"), (set_("limits", {"beauty": 0.5}), "beauty"), (set_("limits", {"flops": 3.0}), "flops"), (set_("sparsity", None), "nothing limits the size"),
     (set_("stages", [[2, 0]]), "rows of three whole numbers"), (set_("stages", []), "rows of three"), (set_("stages", 3), "rows of three"), (set_("stages", [{"survivors": 1, "tokens": 3}]), "rows of three"),
     (set_("stages", [[2, 0, 32]]), "must narrow"), (set_("stages", [[1, 5000, 32]]), "asked for 5,000 tuning tokens, but there are"), (set_("stages", [[1, 0, 5000]]), "asked for 5,000 scoring tokens"),
@@ -86,7 +87,7 @@ def test_the_check_answers_with_the_command_in_full(small):
 
 @pytest.mark.parametrize("setting, value, expected", [
     ("offspring", 6, dict(offspring=6)), ("max_swaps", 1, dict(max_swaps=1)), ("generations", 9, dict(generations=9)), ("fitness", "perplexity", dict(fitness="perplexity")),
-    ("lr", 0.5, dict(training=Training(lr=0.5, batch_size=2))), ("sparsity", 0.3, dict(sparsity=0.3)), ("params", 50_000, dict(sparsity=None, params=50_000)),
+    ("lr", 0.5, dict(training=Training(lr=0.5, batch_size=2))), ("sparsity", 0.3, dict(sparsity=0.3)), ("params", 50_000, dict(params=50_000)),
     ("limits", {"flops": 0.9}, dict(sparsity=0.5, limits={"flops": 0.9})), ("stages", [{"survivors": 1, "tuning_tokens": 0, "scoring_tokens": 64}], dict(stages=(Stage(1, 0, 64),))), ("operator", "level_swap", {})])
 def test_each_setting_can_be_changed(setting, value, expected):
     "The rules after a command are the old ones but for what it names; and they are settings, checked like those."
@@ -110,8 +111,8 @@ def test_freeze_and_thaw_are_set_operations(frozen):
 @given(space=spaces(), sparsity=st.sampled_from((0.3, 0.5, 0.6)))
 def test_injected_genomes_must_meet_the_budget(space, sparsity):
     "The uniform genome of the target is accepted, one of another size is not."
-    rules = ActiveConfig.of(SearchConfig(sparsity=sparsity))
-    budget, start = rules.target(space)
+    rules = ActiveConfig.of(SearchConfig(Target(sparsity)))
+    budget, start = plan_budget(space, rules.target)
     assert check_command({"command": "inject", "genome": start}, rules, space)["genome"] == start.code
     dense = space.genome([0] * len(space.units))
     if not budget.contains(space, dense):
@@ -418,8 +419,8 @@ def test_settings_of_an_earlier_version_are_resumed(small, tmp_path):
     path = tmp_path / "run" / "config.json"
     row = json.loads(path.read_text())
     del row["sha256"]
-    for name in ("limits", "caps"):
-        del row["config"][name]
+    target = row["config"].pop("target")
+    row["config"] |= {name: target[name] for name in ("sparsity", "params", "tolerance")}
     space = row["space"]
     row["space"] = {"units": space["units"], "removed": space["removed"], "params": space["costs"]["params"], "fixed_params": space["fixed"]["params"], "model": space["model"]}
     del row["pools"], row["source"]
@@ -430,7 +431,7 @@ def test_settings_of_an_earlier_version_are_resumed(small, tmp_path):
     assert history.planned_tokens["tuning"] > 0 and history.progress[2] == 0.0
     fake(tmp_path / "run", small).run(progress=False)
     assert history.refresh() and history.finished
-    with pytest.raises(ValueError, match=r"config.limits \(None there, \{'flops': 0.9\} here\)"):
+    with pytest.raises(ValueError, match=r"config.target .*'limits': \{\}.* there, .*'limits': \{'flops': 0.9\}.* here"):
         fake(tmp_path / "run", small, short_config(sparsity=0.5, limits={"flops": 0.9}))
     path.write_text(json.dumps(row | {"config": row["config"] | {"colour": "red"}}))
     with pytest.raises(ValueError, match="settings that this version does not know.*colour"):

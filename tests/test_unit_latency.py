@@ -9,7 +9,7 @@ from helpers import made_up, random_blocks, short_config, small_model, small_poo
 
 from evoprune_nb import latency_table
 from evoprune_nb.judge import unit_latency
-from evoprune_nb.target import plan_budget
+from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.genome import Genome, Space
 from evoprune_nb.history import History
 from evoprune_nb.models import decoder_layers
@@ -92,7 +92,7 @@ def test_latency_is_a_cost_like_others(measured):
     shapes = [row[level] for row, level in zip(table.shapes, genome.levels)]
     assert space.cost(genome, "latency") == sum(3.0 + len(shape) for shape in ["fixed", *shapes] if shape)
     assert Space.from_dict(json.loads(json.dumps(dataclasses.asdict(space)))) == space and space.fingerprint == database.space.fingerprint
-    budget, start = plan_budget(space, limits={"latency": 0.8, "params": 0.8}, tolerance=0.1)
+    budget, start = plan_budget(space, Target(limits={"latency": 0.8, "params": 0.8}, tolerance=0.1))
     for child in make_offspring(start, space, budget, 8, random.Random(0), "cost_swap"):
         assert space.cost(child, "latency") <= 0.8 * space.dense_cost("latency") and space.n_params(child) <= 0.8 * space.dense_params
 

@@ -343,7 +343,7 @@ def plan(
     units = prunable_units(dense)
     sizes = _Sizes.of(dense, units, seq_len, device.type if device else "cpu")
     space = make_space(dense, units, level_grid(units, heads, n_levels, grid), context_tokens=seq_len)
-    _, genome = plan_budget(space, config.sparsity, config.params, config.tolerance, config.limits, config.caps)
+    _, genome = plan_budget(space, config.target)
     uneven = heads == "free" and any(unit.kind == "attn" and unit.n_kv_heads < unit.n_structures for unit in units)
     database, groups, passes = _database(sizes, dense, space, calibration_tokens, batch_size * seq_len, memory_bytes, offload_bytes, device)
     phases = [database, _search(sizes, space, genome, config, seq_len, uneven, device)]

@@ -192,21 +192,25 @@ def _search_settings(given: list[list[str]]) -> dict:
 
     from evoprune_nb.search import SearchConfig
     from evoprune_nb.selection import Stage
+    from evoprune_nb.target import Target
     from evoprune_nb.training import Training
 
-    own, training = ({field.name: field.default for field in fields(kind) if field.name != "training"} for kind in (SearchConfig, Training))
-    settings, tuning = {}, {}
+    parts = SearchConfig, Target, Training
+    own, size, training = ({field.name: field.default for field in fields(part) if field.name not in ("target", "training")} for part in parts)
+    settings, target, tuning = {}, {}, {}
     for name, text in given:
-        if name not in own | training:
-            raise ParameterError(f"a search has no setting {name!r}; it has {', '.join(sorted(own | training))}")
+        if name not in own | size | training:
+            raise ParameterError(f"a search has no setting {name!r}; it has {', '.join(sorted(own | size | training))}")
         try:
             value = float(text) if name == "lr" else yaml.safe_load(text)
-            if (name == "params" or isinstance((own | training)[name], (int, float))) and not isinstance(value, (int, float)):
+            if (name == "params" or isinstance((own | size | training)[name], (int, float))) and not isinstance(value, (int, float)):
                 raise ValueError(f"{text!r} is no number")
-            (settings if name in own else tuning)[name] = tuple(Stage(*row) for row in value) if name == "stages" else value
+            (settings if name in own else target if name in size else tuning)[name] = tuple(Stage(*row) for row in value) if name == "stages" else value
         except (TypeError, ValueError, yaml.YAMLError) as error:
             raise ParameterError(f"setting {name} cannot be {text!r}; stages look like [[survivors, tuning tokens, scoring tokens], …], lr like 1e-4") from error
-    return settings | {"training": Training(**tuning)}
+    if not target.keys() & {"sparsity", "params", "limits"}:
+        target["sparsity"] = 0.5
+    return settings | {"target": Target(**target), "training": Training(**tuning)}
 
 
 def _bytes(gigabytes: float | None) -> int | None:
@@ -218,8 +222,6 @@ def _plan(options: argparse.Namespace) -> None:
     from evoprune_nb.search import SearchConfig
 
     settings = _search_settings(options.p)
-    if settings.get("params"):
-        settings.setdefault("sparsity", None)
     planned = plan(
         options.model, SearchConfig(**settings), options.calibration_tokens, options.seq_len, options.dtype, options.heads,
         memory_bytes=_bytes(options.memory_gb), offload_bytes=_bytes(options.offload_gb),

@@ -292,14 +292,15 @@ class SettingsForm:
 
     def _values(self, rules: ActiveConfig) -> dict:
         "Settings as fields show them."
-        kind = "params" if rules.params is not None else "sparsity" if rules.sparsity is not None else "limits only"
+        target = rules.target
+        kind = "params" if target.params is not None else "sparsity" if target.sparsity is not None else "limits only"
         return {"offspring": rules.offspring, "max_swaps": rules.max_swaps, "operator": rules.operator, "fitness": rules.fitness, "lr": rules.lr, "generations": rules.generations,
-                "target": (kind, getattr(rules, kind, 0)), "limits": {measure: share for measure, share in (rules.limits or {}).items() if share}, "stages": tuple(rules.stages)}
+                "target": (kind, getattr(target, kind, 0)), "limits": dict(target.limits), "stages": tuple(rules.stages)}
 
     def _shown(self) -> dict:
         kind, value = self.target_kind.value, self.target.value
         target = (kind, int(value) if kind == "params" else value if kind == "sparsity" else 0)
-        kept = {measure: share for measure, share in (self.rules.limits or {}).items() if measure not in self.limits}  # no field shows them
+        kept = {measure: share for measure, share in self.rules.target.limits.items() if measure not in self.limits}  # no field shows them
         limits = kept | {measure: field.value for measure, field in self.limits.items() if field.value}
         return {name: field.value for name, field in self.fields.items()} | {"target": target, "limits": limits, "stages": self.stages.value}
 

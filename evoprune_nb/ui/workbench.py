@@ -24,7 +24,7 @@ import psutil
 import torch
 from IPython.display import display
 
-from ..target import fit_budget
+from ..target import fit_budget, plan_budget
 from ..candidates import materialize
 from .controls import GenomeEditor, SettingsForm, button, hinted, row
 from ..paper.figures import candidate_names, fitness_figure, genome_figure, lineage_figure, stages_figure, tokens_figure
@@ -82,7 +82,7 @@ def prepare_search(
 
 def _needs_latency(run_dir: Path, config: SearchConfig) -> bool:
     "A run keeps the costs that it began with."
-    return not (run_dir / "config.json").exists() or "latency" in (config.limits or {})
+    return not (run_dir / "config.json").exists() or "latency" in config.target.limits
 
 # %% ../../nbs/ui/03_workbench.ipynb #8c38781e
 class Background:
@@ -552,7 +552,7 @@ class Workbench:
     def _show_controls(self) -> None:
         active = self.can_drive and self.worker is not None
         rules, space = self.history.rules, self.history.space
-        parent, budget = self.history.winner, rules.target(space)[0]
+        parent, budget = self.history.winner, plan_budget(space, rules.target)[0]
         if self.editor is None:
             self.editor, self.form = GenomeEditor(space, parent, budget, self.send, self._fit), SettingsForm(rules, self.send, [measure for measure in space.costs if measure != "params"])
             self._editor_box.children, self._form_box.children = [self.editor.widget], [self.form.widget]

@@ -9,7 +9,7 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.target import Budget, fit_budget, plan_budget, uniform_genome
+from evoprune_nb.target import Budget, Target, fit_budget, plan_budget, uniform_genome
 from evoprune_nb.genome import level_grid, make_space
 from evoprune_nb.models import prunable_units
 
@@ -43,7 +43,7 @@ def test_uniform_genome_removes_the_share(space, sparsity):
 @given(spaces(), shares, st.floats(0, 0.5))
 def test_budget_is_one_sided(space, sparsity, tolerance):
     "The target of a budget is the uniform genome's own size: it fits, one parameter more does not, nor does less than the tolerance."
-    budget, start = plan_budget(space, sparsity=sparsity, tolerance=tolerance)
+    budget, start = plan_budget(space, Target(sparsity=sparsity, tolerance=tolerance))
     assert start == uniform_genome(space, sparsity) and budget.limits == {"params": space.n_params(start)}
     target = space.n_params(start)
     sized = lambda extra: dataclasses.replace(space, fixed=space.fixed | {"params": space.fixed_params + extra})
@@ -56,7 +56,7 @@ def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
     "With `params`, the uniform start is at most that large and within the tolerance; where none is, the nearest is named."
     params = round(space.smallest_params + share * (space.dense_params - space.smallest_params))
     try:
-        budget, start = plan_budget(space, params=params, tolerance=tolerance)
+        budget, start = plan_budget(space, Target(params=params, tolerance=tolerance))
     except ValueError as error:
         assert "the nearest uniform genome has" in str(error)
     else:
@@ -64,12 +64,12 @@ def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
 
 
 @pytest.mark.parametrize("wanted, message", [
-    (dict(sparsity=1.2), "1.2 is outside what the grid can reach: 0 to 1"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
+    (dict(sparsity=1.2), "a share of the structures, 0 to 1; got 1.2"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
     (dict(params=10**9), r"{smallest:,} to {dense:,}"), ({}, "either sparsity or params"), (dict(sparsity=0.5, params=1000), "either sparsity or params")])
 def test_budgets_out_of_reach_name_the_range(space, wanted, message):
     "A sparsity or size that the grid cannot reach is an error with the range that it can."
     with pytest.raises(ValueError, match=message.format(smallest=space.smallest_params, dense=space.dense_params)):
-        plan_budget(space, **wanted)
+        plan_budget(space, Target(**wanted))
 
 
 def test_range_of_a_grid_that_does_not_reach_the_top(model):
@@ -101,7 +101,7 @@ def little_spaces(draw):
 def test_limits_alone_or_together_are_never_exceeded(space, limits, tolerance):
     "A start exceeds no share of the dense model's cost and uses at least one up to the tolerance; what cannot be had is an error with the range."
     try:
-        budget, start = plan_budget(space, limits=limits, tolerance=tolerance)
+        budget, start = plan_budget(space, Target(limits=limits, tolerance=tolerance))
     except ValueError as error:
         assert "can reach" in str(error) or "the nearest uniform genome has" in str(error)
         return
@@ -112,11 +112,11 @@ def test_limits_alone_or_together_are_never_exceeded(space, limits, tolerance):
 
 def test_a_cache_limit_prunes_attention_alone(space):
     "What a limit does not count is not pruned for it; a second limit takes the rest from everywhere."
-    _, start = plan_budget(space, limits={"kv_bytes": 0.5}, tolerance=0.1)
+    _, start = plan_budget(space, Target(limits={"kv_bytes": 0.5}, tolerance=0.1))
     assert sum(start.attn) > 0 and sum(start.mlp) == 0
-    _, both = plan_budget(space, limits={"kv_bytes": 0.5, "params": 0.6}, tolerance=0.1)
+    _, both = plan_budget(space, Target(limits={"kv_bytes": 0.5, "params": 0.6}, tolerance=0.1))
     assert both.attn == start.attn and sum(both.mlp) > 0
-    _, sparse = plan_budget(space, sparsity=0.5, limits={"kv_bytes": 0.34}, tolerance=0.1)
+    _, sparse = plan_budget(space, Target(sparsity=0.5, limits={"kv_bytes": 0.34}, tolerance=0.1))
     assert space.n_params(sparse) <= space.n_params(uniform_genome(space, 0.5)) and space.cost(sparse, "kv_bytes") <= 0.34 * space.dense_cost("kv_bytes")
 
 
@@ -126,9 +126,9 @@ def test_caps_hold_in_every_unit(space, limits, data):
     caps = data.draw(st.fixed_dictionaries({}, optional={
         "max_width": st.integers(0, 400), "min_width": st.integers(0, 400), "max_heads": st.integers(0, 16), "min_heads": st.integers(0, 16)}))
     try:
-        budget, start = plan_budget(space, limits=limits, caps=caps, tolerance=0.2)
+        budget, start = plan_budget(space, Target(limits=limits, caps=caps, tolerance=0.2))
     except ValueError as error:
-        assert any(text in str(error) for text in ("can reach", "the nearest uniform genome has", "no level of"))
+        assert any(text in str(error) for text in ("can reach", "the nearest uniform genome has", "no level of", "contradict"))
         return
     for i, level in enumerate(start.levels):
         high, low = ("max_width", "min_width") if space.units[i].kind == "mlp" else ("max_heads", "min_heads")
@@ -212,13 +212,24 @@ def test_units_that_break_a_cap_are_moved_or_named(space):
 
 
 @pytest.mark.parametrize("wanted, message", [
+    ({}, "nothing limits the size"), (dict(sparsity=math.nan), "0 to 1; got nan"), (dict(sparsity=-0.1), "0 to 1; got -0.1"), (dict(sparsity=True), "got True"),
+    (dict(sparsity="half"), "got 'half'"), (dict(params=-1), "not negative; got -1"), (dict(params=math.inf), "got inf"), (dict(limits={"flops": math.nan}), "got nan"),
+    (dict(sparsity=0.5, tolerance=-0.1), "tolerance.*got -0.1"), (dict(sparsity=0.5, tolerance=1), "tolerance.*got 1"), (dict(sparsity=0.5, tolerance=math.nan), "got nan"),
+    (dict(sparsity=0.5, caps={"max_width": True}), "got True"), (dict(sparsity=0.5, caps={"min_heads": -1}), "got -1"), (dict(sparsity=0.5, limits=0.5), "limits and caps are dicts")])
+def test_sizes_that_make_no_sense_are_refused_at_once(wanted, message):
+    "Before a model is loaded: wrong types, NaN, negative numbers, two sizes at once, none at all."
+    with pytest.raises(ValueError, match=message):
+        Target(**wanted)
+
+
+@pytest.mark.parametrize("wanted, message", [
     (dict(limits={"flops": 0.001}), r"limits\['flops'\]=0.001 is outside what the grid can reach: 0.\d+ to 1 of the dense model's"), (dict(limits={"flop": 0.5}), "'flop' is unknown; there are params, flops"),
     (dict(limits={"flops": 1.5}), "above 0 and at most 1; got 1.5"), (dict(limits={"flops": "half"}), "got 'half'"), (dict(limits={"kv_bytes": 0}), "above 0"),
     (dict(limits={"latency": 0.5}), "'latency' are not known here .measure it"), (dict(sparsity=0.5, limits={"params": 0.5}), "once"),
     (dict(sparsity=0.1, caps={"max_width": 40}), "can reach: 0.5 to 1"), (dict(sparsity=0.9, caps={"min_heads": 2}), "can reach: 0 to 0.6"),
-    (dict(params=10_000, caps={"min_heads": 6, "min_width": 80}), "outside what the grid can reach"), (dict(sparsity=0.5, caps={"max_heads": 3, "min_heads": 4}), "no level of attn.00 meets"),
+    (dict(params=10_000, caps={"min_heads": 6, "min_width": 80}), "outside what the grid can reach"), (dict(sparsity=0.5, caps={"max_heads": 3, "min_heads": 4}), "contradict: min_heads 4 > max_heads 3"),
     (dict(sparsity=0.5, caps={"width": 4}), "'width' is unknown; there are max_width"), (dict(sparsity=0.5, caps={"max_width": 0.5}), "whole number of structures; got 0.5")])
 def test_limits_and_caps_out_of_reach_say_what_is_possible(space, wanted, message):
     "Limits and caps that cannot be met are errors with the range, the names or the numbers that can."
     with pytest.raises(ValueError, match=message):
-        plan_budget(space, **wanted)
+        plan_budget(space, Target(**wanted))
