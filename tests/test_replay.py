@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evoprune_nb.data import load_pools
-from evoprune_nb.paper.experiments import notebook_parameters, to_notebook
+from evoprune_nb.paper.experiments import notebook_parameters
+from evoprune_nb.paper.replays import to_notebook
 from evoprune_nb.history import History
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.database import build_database
@@ -240,6 +241,6 @@ def test_a_run_that_does_not_say_how_it_was_made(small, tmp_path):
     assert not (tmp_path / "replay.ipynb").exists()
     source = Source("made up", text="nowhere.txt", seq_len=16, calibration_tokens=512, calibration_seed=None)
     text = to_notebook(tmp_path / "run", tmp_path / "replay.ipynb", source).read_text()
-    assert "calibration_seed=None" in text
+    assert "calibration_seed = None" in text
     with pytest.raises(ValueError, match="is no run directory"):
         to_notebook(tmp_path / "none", tmp_path / "replay.ipynb")
