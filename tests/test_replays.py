@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from evoprune_nb.paper.experiments import notebook_parameters
 from evoprune_nb.paper.replays import to_notebook
+from evoprune_nb.runlog import _sha256
 from evoprune_nb.search import Search
 from evoprune_nb.source import Source
 
@@ -37,7 +38,8 @@ def changed(run_dir: Path, tmp_path: Path, **source) -> Path:
     copy = tmp_path / "run"
     copy.mkdir()
     row = json.loads((run_dir / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(row | {"source": row["source"] | source}))
+    row = {key: value for key, value in row.items() if key != "sha256"} | {"source": row["source"] | source}
+    (copy / "config.json").write_text(json.dumps(row | {"sha256": _sha256(row)}))  # whoever changes it can hash it, too
     (copy / "events.jsonl").write_bytes((run_dir / "events.jsonl").read_bytes())
     return copy
 

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['to_notebook']
 
-# %% ../../nbs/paper/03_replays.ipynb #775fca44
+# %% ../../nbs/paper/03_replays.ipynb #b76be505
 import pprint
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -15,76 +17,72 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ..data import SPLITS
 from ..history import History
 from ..replay import commands_of
+from ..source import Source
 
-# %% ../../nbs/paper/03_replays.ipynb #a72502c5
-_SOURCE = {  # name → type and meaning; the values are what the run says of its model and text
-    "model_name": (str, '"tiny", "smollm2-135m", a local directory or a hub id'),
-    "dtype": (str, "of the weights"),
-    "device": (str, "a torch device"),
-    "text": (str, "embedded name, local .txt/.jsonl/.parquet file, or 🤗 datasets id"),
-    "text_column": (str, "column that holds the text"),
-    "seq_len": (int, "tokens per block"),
-    "calibration_tokens": (int, "for the level database"),
-    "heads": (str, 'how heads are counted off: "free", "query" or "group"'),
-    "n_levels": (int, "steps from dense to gone"),
+# %% ../../nbs/paper/03_replays.ipynb #8821544f
+_MEANINGS = {  # parameters of the notebook; types are those of `Source`
+    "model_name": '"tiny", "smollm2-135m", a local directory or a hub id',
+    "dtype": "of the weights",
+    "device": "a torch device",
+    "text": "embedded name, local .txt/.jsonl/.parquet file, or 🤗 datasets id",
+    "text_column": "column that holds the text",
+    "seq_len": "tokens per block",
+    "calibration_tokens": "for the level database",
+    "heads": 'how heads are counted off: "free", "query" or "group"',
+    "n_levels": "steps from dense to gone",
 }
-_DEFAULTS = {"device": "cpu", "dtype": "float32", "text_column": "text", "heads": "free", "n_levels": 10, "calibration_seed": 0}
 
 
-def _checked_source(run_dir: str | Path, given: dict) -> dict:
-    "The source of a run with its defaults. Raises `ValueError` for what is missing or of another type."
-    known = _DEFAULTS | given
-    if missing := [name for name in _SOURCE if name not in known]:
-        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {', '.join(missing)}")
-    seed = known["calibration_seed"]
-    kinds = {name: kind for name, (kind, _) in _SOURCE.items()} | ({} if seed is None else {"calibration_seed": int})
-    for name, kind in kinds.items():
-        if type(known[name]) is not kind:
-            raise ValueError(f"{run_dir}: {name} of the source must be of type {kind.__name__}; got {known[name]!r}")
-    return known
+def _check_source(run_dir: str | Path, source: Source) -> None:
+    "Raise `ValueError` for a source that lacks something, or holds a value of another type."
+    if source.unknown:
+        lacking = ", ".join(source.unknown)
+        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {lacking}")
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if type(value) not in (get_args(field.type) or (field.type,)):
+            kind = getattr(field.type, "__name__", str(field.type))
+            raise ValueError(f"{run_dir}: {field.name} of the source must be of type {kind}; got {value!r}")
 
-# %% ../../nbs/paper/03_replays.ipynb #11acd791
+# %% ../../nbs/paper/03_replays.ipynb #2b5325c9
 def _assignments(values: dict[str, object]) -> str:
     "Python source that assigns the values, which are JSON: text, numbers, lists, dicts."
     return "\n\n".join(f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}" for name, value in values.items())
 
 
-def _parameters(source: dict, stem: str) -> str:
+def _parameters(source: Source, stem: str) -> str:
     "Source of the parameters cell."
-    rows = [(name, kind, source[name], meaning) for name, (kind, meaning) in _SOURCE.items()]
-    rows += [("run_dir", str, f"runs/{stem}", "where the search is written; run again to continue"),
-             ("report_dir", str, f"reports/{stem}", "where the report goes")]
-    return "\n".join(f"{name}: {kind.__name__} = {value!r}  # {meaning}" for name, kind, value, meaning in rows)
+    rows = [(name, getattr(source, name), meaning) for name, meaning in _MEANINGS.items()]
+    rows += [("run_dir", f"runs/{stem}", "where the search is written; run again to continue"),
+             ("report_dir", f"reports/{stem}", "where the report goes")]
+    return "\n".join(f"{name}: {type(value).__name__} = {value!r}  # {meaning}" for name, value, meaning in rows)
 
 
 def _as_code(text: object) -> str:
     "Text on one line of Markdown, shown as it is: no markup in it works."
     return "`" + " ".join(str(text).encode(errors="replace").decode().replace("`", "'").split()) + "`"
 
-# %% ../../nbs/paper/03_replays.ipynb #f73072ce
+# %% ../../nbs/paper/03_replays.ipynb #99d9feff
 _LOAD = """\
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from evoprune_nb.data import load_pools
-from evoprune_nb.database import build_database
 from evoprune_nb.history import History
-from evoprune_nb.models import load_model
 from evoprune_nb.paper.experiments import Report
 from evoprune_nb.paper.figures import fitness_figure, genome_figure
 from evoprune_nb.replay import follow
 from evoprune_nb.search import Search, SearchConfig, fingerprints
+from evoprune_nb.source import Source
 from evoprune_nb.steering import describe
 
-source = {name: globals()[name] for name in source_names} | {"calibration_seed": calibration_seed}
-report = Report(report_dir, source, device)
+source = Source(calibration_seed=calibration_seed, **{name: globals()[name] for name in source_names})
+report = Report(report_dir, asdict(source), device)
 config = SearchConfig.from_dict(settings)
-model, tokenizer = load_model(model_name, dtype, device)
-pools = load_pools(text, tokenizer, seq_len, pool_tokens, text_column)
-calibration = pools["calibration"]
-calibration = calibration.blocks.long() if calibration_seed is None else calibration.draw(calibration_tokens, calibration_seed)
-database = build_database(model, calibration, Path(run_dir) / "database", heads, n_levels)
+model, tokenizer = source.load_model()
+pools = source.load_pools(tokenizer, pool_tokens)
+database = source.build_database(model, pools, Path(run_dir) / "database")
 here = fingerprints(database, pools, config)
 differing = [f"{name} ({then} there, {here.get(name)} here)" for name, then in recorded_fingerprints.items() if here.get(name) != then]
 if differing:
@@ -106,25 +104,26 @@ results = {"winner": winner.code, "n_params": history.space.n_params(winner), "t
 report.finish(results, summary=f"the winner is {winner.code}, the same as then")
 report.origin(seed=config.seed)"""
 
-# %% ../../nbs/paper/03_replays.ipynb #463e7ec3
-def _recorded(history: History, source: dict) -> dict[str, object]:
+# %% ../../nbs/paper/03_replays.ipynb #5eb4bfa7
+def _recorded(history: History, source: Source) -> dict[str, object]:
     "All values that the notebook's code reads, by name."
     pools = {name: row["n_tokens"] for name, row in history.settings.get("pools", {}).items()}
     return {
-        "source_names": list(_SOURCE), "calibration_seed": source["calibration_seed"],  # None: the whole pool was used
+        "source_names": list(_MEANINGS), "calibration_seed": source.calibration_seed,  # None: the whole pool was used
         "pool_tokens": {"calibration": None} | (pools or dict.fromkeys(SPLITS)), "settings": history.settings["config"],
         "recorded_fingerprints": history.settings["fingerprints"], "commands": commands_of(history.run_dir),
         "survivors": history.survivors[["branch", "generation", "genome"]].values.tolist()}
 
-# %% ../../nbs/paper/03_replays.ipynb #26ad2fd0
+# %% ../../nbs/paper/03_replays.ipynb #9b46830c
 def to_notebook(
     run_dir: str | Path,  # of any run, steered or not
     path: str | Path,  # of the notebook to be written
-    source: dict | None = None,  # how model, text and database were made, for a run that does not say
+    source: Source | None = None,  # how model, text and database were made, for a run that does not say
 ) -> Path:
     "Write a notebook that repeats a run headless to the same genomes. Raises `ValueError` when its source is not known."
     history, path = History(run_dir), Path(path)
-    known = _checked_source(run_dir, source or history.source or {})
+    known = source or history.source or Source.from_dict({})
+    _check_source(run_dir, known)
     recorded = _recorded(history, known)
     revision = history.settings.get("provenance", {}).get("git_revision")
     title = (f"# Replay of {_as_code(Path(run_dir).resolve().name)}\n\n> A search with {len(recorded['commands'])} commands, "
