@@ -13,7 +13,7 @@ from torch import nn
 
 from .genome import Genome
 from .modeling import drop_sublayer, renumber_cache, shrink_attention, shrink_mlp
-from .models import Unit, decoder_layers, layer_norms
+from .models import Unit, decoder_layers, norm_names
 from .database import LevelDatabase
 
 
@@ -107,7 +107,7 @@ def materialize(
         if level == 0:
             continue
         if space.removed[index][level] == unit.n_structures:
-            drop_sublayer(layers[unit.layer], unit.kind, layer_norms(layers[unit.layer]))
+            drop_sublayer(layers[unit.layer], unit.kind, norm_names(layers[unit.layer]))
         else:
             weight = database.weight(index, level)  # memory-mapped: training it in place would show in every later read
             _materialize_unit(candidate, model, unit, database.kept(index, level), weight.to(model.device, copy=trainable))

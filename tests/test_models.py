@@ -18,7 +18,7 @@ from evoprune_nb.machine.device import resolve_device, resolve_dtype
     (dict(dtype="float17"), "'float17' is not a floating-point torch dtype"),
     (dict(dtype="int8"), "'int8' is not a floating-point torch dtype"),
     (dict(dtype="nn"), "'nn' is not a floating-point torch dtype"),
-    (dict(device="cuda:99"), "'cuda:99' was asked for, but torch sees"),
+    (dict(device="cuda:99"), "'cuda:99': torch sees 0"),
     (dict(device="gpu"), "'gpu' is no torch device; try 'cpu'"),
 ])
 def test_wrong_arguments_are_named(options, message):

@@ -22,7 +22,7 @@ from ..candidates import materialize
 from .latency import _cache_name, _prompt, _seconds, time_each
 from ..latency_table import (
     PHASES, UnitLatency, check_conditions, latency_conditions, open_unit_latency, unit_shapes)
-from ..models import decoder_layers, layer_norms
+from ..models import decoder_layers, norm_names
 from ..modeling import drop_sublayer
 from ..database import LevelDatabase
 
@@ -46,7 +46,7 @@ def _lone_sublayer(model: nn.Module, database: LevelDatabase, unit: int, level: 
     row, levels = database.units[unit], [0] * len(database.units)
     levels[unit] = level
     layer = decoder_layers(materialize(model, database, database.space.genome(levels), trainable=False))[1][row.layer]
-    drop_sublayer(layer, "mlp" if row.kind == "attn" else "attn", layer_norms(layer))
+    drop_sublayer(layer, "mlp" if row.kind == "attn" else "attn", norm_names(layer))
     return layer
 
 # %% ../../nbs/judge/01_unit_latency.ipynb #52f64fe2

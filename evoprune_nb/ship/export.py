@@ -29,7 +29,7 @@ from ..machine.attention import use_attention_in_blocks
 from ..machine.device import resolve_device, resolve_dtype
 from ..machine.files import read_json, write_text, written_whole
 from ..modeling import fit_layers
-from ..models import decoder_layers, layer_norms, load_model
+from ..models import decoder_layers, load_model, load_weights, norm_names
 from .cards import Card, base_license, evaluation_scores, write_card
 from .layers import PREFIX, per_layer_config, stock_class, stock_config
 
@@ -109,7 +109,7 @@ def export_config(
         "model_type": PREFIX + stock_class(model).config_class.model_type, "architectures": ["PrunedForCausalLM"],
         "auto_map": _AUTO_MAP, "transformers_version": transformers.__version__,
         "allow_global_per_layer_attribute_access": True, "kv_index": None,
-        "per_layer_config": per_layer_config(model), "norm_names": layer_norms(decoder_layers(model)[1][0])}
+        "per_layer_config": per_layer_config(model), "norm_names": norm_names(decoder_layers(model)[1][0])}
 
 
 def export_hf(
@@ -165,7 +165,7 @@ def load_exported(
     if stock_type not in transformers.CONFIG_MAPPING:
         raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {stock_type!r}")
     device, dtype = resolve_device(device), dtype if dtype == "auto" else resolve_dtype(dtype)
-    model = _pruned_class(stock_type).from_pretrained(directory, dtype=dtype)
+    model = load_weights(_pruned_class(stock_type), directory, dtype=dtype)
     use_attention_in_blocks(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
     return model.to(device).eval(), tokenizer
