@@ -14,6 +14,7 @@ from evoprune_nb.history import History
 from evoprune_nb.runlog import write_state
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
+from evoprune_nb.ui.session import run_state, run_status
 from evoprune_nb.ui.workbench import Workbench, attach
 
 WAIT = 60  # seconds, after which a test that waits for an event fails
@@ -72,22 +73,22 @@ def bench(small, tmp_path):
         if isinstance(gate, Gate):
             gate.open()
     for panel in made:
-        panel.background.join()
-        if panel.driving:
+        panel.driver.background.join()
+        if panel.driver.driving:
             panel.worker.send({"command": "stop"})
             assert panel.worker.join(WAIT)
 
 
 def prepared(panel: Workbench) -> Workbench:
     panel.prepare()
-    panel.background.join()
+    panel.driver.background.join()
     panel.refresh()
     return panel
 
 
 def started(panel: Workbench) -> Workbench:
-    panel.start.click()
-    panel.background.join()
+    panel.run.start.click()
+    panel.driver.background.join()
     panel.refresh()
     return panel
 
@@ -111,17 +112,17 @@ def tree(widget) -> list:
 def test_nothing_there_yet(bench):
     "An empty directory: one can start, and nothing else; the cards say that there is nothing to show."
     panel = bench()
-    assert panel.status == "empty" and "Start begins the search" in text(panel.head)
-    assert not panel.start.disabled and panel.pause.disabled and panel.stop.disabled and panel.add_note.disabled
-    assert all("To come" in text(panel.views[name]) for name in ("fitness", "genome", "stages", "lineage"))
+    assert run_status(panel.driver) == "empty" and "Start begins the search" in text(panel.head)
+    assert not panel.run.start.disabled and panel.run.pause.disabled and panel.run.stop.disabled and panel.run.add_note.disabled
+    assert all("To come" in text(panel.gallery.views[name]) for name in ("fitness", "genome", "stages", "lineage"))
 
 
 def test_prepared(bench):
     "Once prepared: settings and genome can be seen and changed, and no evaluation was made."
     panel = prepared(bench())
-    assert panel.status == "stopped" or panel.status == "ready"
-    assert panel.history.evaluations.empty and panel.editor and panel.form.fields["offspring"].value == 4
-    assert "press Start" in text(panel.say)
+    assert run_status(panel.driver) == "stopped" or run_status(panel.driver) == "ready"
+    assert panel.history.evaluations.empty and panel.steering.editor and panel.steering.form.fields["offspring"].value == 4
+    assert "press Start" in text(panel.run.say)
 
 
 def test_a_click_is_answered_before_the_evaluation_ends(bench):
@@ -130,30 +131,30 @@ def test_a_click_is_answered_before_the_evaluation_ends(bench):
     panel = started(bench(gate))
     gate.arrive()
     panel.refresh()
-    assert panel.status == "running" and not panel.pause.disabled and "driven by this kernel" in text(panel.head)
-    panel.pause.click()
-    assert "queued: pause" in text(panel.say) and panel.status == "running"
+    assert run_status(panel.driver) == "running" and not panel.run.pause.disabled and "driven by this kernel" in text(panel.head)
+    panel.run.pause.click()
+    assert "queued: pause" in text(panel.run.say) and run_status(panel.driver) == "running"
     gate.let()
-    until(lambda: panel.state["status"] == "paused")
+    until(lambda: run_state(panel.run_dir)["status"] == "paused")
     panel.refresh()
-    assert "applied: pause" in text(panel.say) and panel.start.description == "Resume" and not panel.start.disabled and panel.pause.disabled
+    assert "applied: pause" in text(panel.run.say) and panel.run.start.description == "Resume" and not panel.run.start.disabled and panel.run.pause.disabled
     assert len(panel.history.evaluations) == 1
 
 
 def test_steps(bench):
     "One evaluation, then one whole generation, then resume to the end."
     panel = prepared(bench())
-    panel.step.click()
-    panel.background.join()
-    until(lambda: panel.state.get("status") == "paused")
+    panel.run.step.click()
+    panel.driver.background.join()
+    until(lambda: run_state(panel.run_dir).get("status") == "paused")
     panel.refresh()
     assert len(panel.history.evaluations) == 1
-    panel.step_generation.click()
-    until(lambda: panel.history.refresh() and len(panel.history.line) == 1 and panel.state["status"] == "paused")
-    panel.start.click()
+    panel.run.step_generation.click()
+    until(lambda: panel.history.refresh() and len(panel.history.line) == 1 and run_state(panel.run_dir)["status"] == "paused")
+    panel.run.start.click()
     assert panel.worker.join(WAIT)
     panel.refresh()
-    assert panel.status == "finished" and panel.start.disabled and "step: one generation" in text(panel.views["log"])
+    assert run_status(panel.driver) == "finished" and panel.run.start.disabled and "step: one generation" in text(panel.gallery.views["log"])
 
 
 def test_settings(bench):
@@ -161,7 +162,7 @@ def test_settings(bench):
     gate = Gate()
     panel = started(bench(gate))
     gate.arrive()
-    form = panel.form
+    form = panel.steering.form
     assert form.apply.disabled
     form.fields["offspring"].value = 6
     form.fields["lr"].value = 0.002
@@ -169,7 +170,7 @@ def test_settings(bench):
     form.apply.click()
     form.fields["offspring"].value = 1
     form.apply.click()
-    assert "refused" in text(panel.say) and "narrow" in text(panel.say)
+    assert "refused" in text(panel.run.say) and "narrow" in text(panel.run.say)
     gate.open()
     assert panel.worker.join(WAIT)
     panel.refresh()
@@ -182,12 +183,12 @@ def test_settings(bench):
 def test_fewer_offspring_come_after_their_stages(bench):
     "Stages and a smaller λ changed together are sent in the order in which each is valid."
     panel = prepared(bench())
-    panel.form.fields["offspring"].value = 1
-    panel.form.stages.value = (Stage(1, 0, 32),)
-    panel.form._touched()
-    assert [command["setting"] for command in panel.form.changes()] == ["stages", "offspring"]
-    panel.form.apply.click()
-    assert "refused" not in text(panel.say)
+    panel.steering.form.fields["offspring"].value = 1
+    panel.steering.form.stages.value = (Stage(1, 0, 32),)
+    panel.steering.form._touched()
+    assert [command["setting"] for command in panel.steering.form.changes()] == ["stages", "offspring"]
+    panel.steering.form.apply.click()
+    assert "refused" not in text(panel.run.say)
     finished(panel)
     assert panel.history.rules.offspring == 1 and len(panel.history.rules.stages) == 1
 
@@ -198,7 +199,7 @@ def test_a_draft_is_edited_and_injected(bench):
     panel = started(bench(gate))
     gate.arrive()
     panel.refresh()
-    editor, space = panel.editor, panel.history.space
+    editor, space = panel.steering.editor, panel.history.space
     assert editor.inject.disabled and "same as the parent" in text(editor._size)
     editor.cells[3].click()
     assert editor.selected == 3 and space.units[3].name in text(editor._what) and "evo-selected" in editor.cells[3]._dom_classes
@@ -209,7 +210,7 @@ def test_a_draft_is_edited_and_injected(bench):
     assert "fits" in text(editor._size) and editor.draft.levels[3] == 0 and not editor.inject.disabled
     code = editor.draft.code
     editor.inject.click()
-    assert "queued: inject" in text(panel.say)
+    assert "queued: inject" in text(panel.run.say)
     gate.open()
     assert panel.worker.join(WAIT)
     panel.refresh()
@@ -221,17 +222,17 @@ def test_a_draft_is_edited_and_injected(bench):
 def test_freeze_and_thaw(bench):
     "The selected unit is frozen and thawed by commands; the cell shows it once the run knows it."
     panel = prepared(bench())
-    panel.editor.select(2)
+    panel.steering.editor.select(2)
     name = panel.history.space.units[2].name
-    panel.editor.freeze.click()
-    panel.step.click()
-    panel.background.join()
+    panel.steering.editor.freeze.click()
+    panel.run.step.click()
+    panel.driver.background.join()
     until(lambda: panel.history.refresh() and panel.history.rules.frozen == (name,))
     panel.refresh()
-    assert "evo-frozen" in panel.editor.cells[2]._dom_classes and panel.editor.freeze.description == "Thaw" and "frozen" in panel.editor.cells[2].tooltip
-    panel.editor.freeze.click()
+    assert "evo-frozen" in panel.steering.editor.cells[2]._dom_classes and panel.steering.editor.freeze.description == "Thaw" and "frozen" in panel.steering.editor.cells[2].tooltip
+    panel.steering.editor.freeze.click()
     finished(panel)
-    assert panel.history.rules.frozen == () and "evo-frozen" not in panel.editor.cells[2]._dom_classes
+    assert panel.history.rules.frozen == () and "evo-frozen" not in panel.steering.editor.cells[2]._dom_classes
 
 
 def test_two_panels_agree(bench):
@@ -240,51 +241,50 @@ def test_two_panels_agree(bench):
     first = started(bench(gate))
     gate.arrive()
     second = bench(gate)
-    assert second.driving and second.worker is first.worker
-    second.pause.click()
+    assert second.driver.driving and second.worker is first.worker
+    second.run.pause.click()
     gate.let()
-    until(lambda: first.state["status"] == "paused")
+    until(lambda: run_state(first.run_dir)["status"] == "paused")
     first.refresh(), second.refresh()
-    assert first.start.description == second.start.description == "Resume"
-    first.note.value = "from the first"
-    first.add_note.click()
-    second.start.click()
+    assert first.run.start.description == second.run.start.description == "Resume"
+    first.run.note.value = "from the first"
+    first.run.add_note.click()
+    second.run.start.click()
     gate.open()
     assert first.worker.join(WAIT)
     for panel in (first, second):
-        panel._urgent = True
+        panel.gallery.urgent = True
         panel.refresh()
-    for part in ("head", "stats"):
-        assert getattr(first, part).value == getattr(second, part).value
-    assert first.views["log"].value == second.views["log"].value and "from the first" in text(first.views["log"])
+    assert first.head.value == second.head.value and first.run.stats.value == second.run.stats.value
+    assert first.gallery.views["log"].value == second.gallery.views["log"].value and "from the first" in text(first.gallery.views["log"])
 
 
 def test_the_slider_moves_every_card(bench):
     "At an earlier moment all cards show the run as it was; Live goes back to the present."
     panel = finished(bench())
-    present = {name: view.value for name, view in panel.views.items()}
-    assert panel.moment.max == 3 and panel.live.value
-    panel.moment.value = 1
+    present = {name: view.value for name, view in panel.gallery.views.items()}
+    assert panel.moment.slider.max == 3 and panel.moment.live.value
+    panel.moment.slider.value = 1
     panel.refresh()
-    assert not panel.live.value and "generation 1" in str(panel.views["stages"].value) or panel.views["stages"].value != present["stages"]
-    assert all(panel.views[name].value != present[name] for name in ("fitness", "stages", "lineage", "tokens", "budget"))
-    panel.live.value = True
-    panel._urgent = True
+    assert not panel.moment.live.value and "generation 1" in str(panel.gallery.views["stages"].value) or panel.gallery.views["stages"].value != present["stages"]
+    assert all(panel.gallery.views[name].value != present[name] for name in ("fitness", "stages", "lineage", "tokens", "budget"))
+    panel.moment.live.value = True
+    panel.gallery.urgent = True
     panel.refresh()
-    assert panel.moment.value == 3 and panel.views["budget"].value == present["budget"]
+    assert panel.moment.slider.value == 3 and panel.gallery.views["budget"].value == present["budget"]
 
 
 def test_branch_from_a_moment(bench):
     "A finished run is taken up again from an earlier moment, on a new branch."
     panel = finished(bench())
-    panel.moment.value = 1
+    panel.moment.slider.value = 1
     panel.refresh()
-    assert not panel.back.disabled
-    panel.back.click()
-    panel.background.join()
+    assert not panel.moment.back.disabled
+    panel.moment.back.click()
+    panel.driver.background.join()
     assert panel.worker.join(WAIT)
     panel.refresh()
-    assert panel.history.line == [(0, 0), (1, 1), (1, 2)] and "branch 1" in text(panel.stats)
+    assert panel.history.line == [(0, 0), (1, 1), (1, 2)] and "branch 1" in text(panel.run.stats)
 
 
 def test_an_error_is_shown_folded_and_escaped(bench):
@@ -295,8 +295,8 @@ def test_an_error_is_shown_folded_and_escaped(bench):
     panel = started(bench(broken))
     assert panel.worker.join(WAIT)
     panel.refresh()
-    assert panel.status == "failed" and "<details>" in panel.failure.value and "no &lt;b&gt;memory&lt;/b&gt; left" in panel.failure.value
-    assert not panel.start.disabled
+    assert run_status(panel.driver) == "failed" and "<details>" in panel.run.failure.value and "no &lt;b&gt;memory&lt;/b&gt; left" in panel.run.failure.value
+    assert not panel.run.start.disabled
 
 
 def test_a_failed_preparation_is_shown(tmp_path):
@@ -307,9 +307,9 @@ def test_a_failed_preparation_is_shown(tmp_path):
 
     panel = Workbench(tmp_path / "run", make, refresh_seconds=None)
     panel.prepare()
-    panel.background.join()
+    panel.driver.background.join()
     panel.refresh()
-    assert panel.status == "failed" and "no model" in text(panel.failure)
+    assert run_status(panel.driver) == "failed" and "no model" in text(panel.run.failure)
 
 
 def test_attach_to_a_finished_run(bench):
@@ -318,13 +318,14 @@ def test_attach_to_a_finished_run(bench):
     bench_dir = bench().run_dir
     script = f"""
 import sys
+from evoprune_nb.ui.session import run_status
 from evoprune_nb.ui.workbench import attach
 panel = attach({str(bench_dir)!r})
 panel.close()
 panel.refresh()
-assert panel.status == "finished" and "view only" in panel.head.value, panel.head.value
-assert panel.start.disabled and panel.step.disabled and panel.back.disabled and panel.form.apply.disabled and panel.editor.freeze.disabled
-assert not panel.moment.disabled and panel.moment.max == 3
+assert run_status(panel.driver) == "finished" and "view only" in panel.head.value, panel.head.value
+assert panel.run.start.disabled and panel.run.step.disabled and panel.moment.back.disabled and panel.steering.form.apply.disabled and panel.steering.editor.freeze.disabled
+assert not panel.moment.slider.disabled and panel.moment.slider.max == 3
 sys.exit("pyplot" if "matplotlib.pyplot" in sys.modules else 0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -345,18 +346,18 @@ def test_driven_elsewhere(bench):
     (panel.run_dir / "state.json").write_text(json.dumps(state | {"pid": os.getppid()}))
     panel.refresh()
     assert f"view only: driven by process {os.getppid()}" in text(panel.head)
-    assert panel.start.disabled and panel.step.disabled and panel.form.apply.disabled and panel.editor.inject.disabled
+    assert panel.run.start.disabled and panel.run.step.disabled and panel.steering.form.apply.disabled and panel.steering.editor.inject.disabled
 
 
 def test_what_stays_the_same_sends_nothing(bench):
     "A refresh without news changes no trait of any widget."
     panel = finished(bench())
-    panel._urgent = True
+    panel.gallery.urgent = True
     panel.refresh()
     changed = []
     for widget in tree(panel.widget):
         widget.observe(lambda change: changed.append((type(change["owner"]).__name__, change["name"])))
-    panel._urgent = True
+    panel.gallery.urgent = True
     panel.refresh()
     assert changed == []
 
