@@ -273,7 +273,7 @@ def test_restart_and_attach(page, place):
 def test_replay_equals_the_steered_run(place):
     "What was steered by hand ends, replayed without hands, with the same genomes."
     from evoprune_nb.replay import replay
-    from evoprune_nb.ui.workbench import prepare_search
+    from evoprune_nb.ui.session import prepare_search
 
     history = History(place / "run")
     assert history.finished and {"pause", "inject", "set", "note", "step"} <= set(history.commands.name)
@@ -297,7 +297,7 @@ def test_a_run_that_another_process_drives(page, place, corpus):
 from evoprune_nb.selection import Stage
 from evoprune_nb.steering import SearchConfig
 from evoprune_nb.source import Source
-from evoprune_nb.ui.workbench import prepare_search
+from evoprune_nb.ui.session import prepare_search
 config = SearchConfig(generations=1000, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)))
 source = Source(text={str(corpus)!r}, seq_len=64, calibration_tokens=2048)
 prepare_search(source, "elsewhere", config)[0].run(progress=False)

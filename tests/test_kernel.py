@@ -12,6 +12,7 @@ sys.path.insert(0, {tests!r})
 os.environ["HF_HUB_OFFLINE"] = "1"
 from evoprune_nb.source import Source
 from evoprune_nb.ui.workbench import attach, open_run
+from evoprune_nb.ui.session import prepare_search
 from evoprune_nb.steering import SearchConfig
 from evoprune_nb.selection import Stage
 source = Source(text={corpus!r}, seq_len=64, calibration_tokens=2048)
@@ -106,8 +107,8 @@ def test_cells_return_and_clicks_are_taken_while_the_worker_is_busy(kernel, plac
     second = Kernel(place["tests"])
     try:
         second.run(SETUP.format(**place))
-        second.run("bench = attach(run_dir)\nbench\nassert 'view only: driven by process' in bench.head.value and bench.start.disabled")
-        second.run("from evoprune_nb.machine.lock import DirectoryBusy\nsearch, _ = source.make(bench.run_dir, config, print)\ntry:\n    search.step()\n    raise AssertionError('two drivers')\nexcept DirectoryBusy as error:\n    print(error)")
+        second.run("bench = attach(run_dir)\nbench\nassert 'view only: driven by process' in bench.head.value and bench.run.start.disabled")
+        second.run("from evoprune_nb.machine.lock import DirectoryBusy\nsearch, _ = prepare_search(source, bench.run_dir, config)\ntry:\n    search.step()\n    raise AssertionError('two drivers')\nexcept DirectoryBusy as error:\n    print(error)")
     finally:
         second.close()
 
@@ -127,4 +128,4 @@ def test_a_restarted_kernel_goes_on(kernel, place):
     kernel.pump(lambda: kernel.says("nobody drives it now; Start goes on, and loads the model first"))
     kernel.click("Start")
     kernel.pump(lambda: kernel.says(">finished<"))
-    kernel.run("search, _ = source.make(bench.run_dir.with_name('alone'), config, print)\nassert search.run(progress=False) == bench.history.winner")
+    kernel.run("search, _ = prepare_search(source, bench.run_dir.with_name('alone'), config)\nassert search.run(progress=False) == bench.history.winner")
