@@ -1,15 +1,10 @@
-"""The level database is exact, and survives interruption."""
-import json
-import weakref
-
+"""Pruning one layer is exact, whatever the size, the structure and the precision."""
 import pytest
 import torch
-from safetensors import safe_open
 from helpers import random_blocks, small_model
 
 from evoprune_nb import pruning
-from evoprune_nb.models import Unit, decoder_layers, model_fingerprint
-from evoprune_nb.database import CalibrationPlan, LevelDatabase, build_database, plan_calibration
+from evoprune_nb.models import prunable_units
 from evoprune_nb.pruning import kept_structures, prune_unit
 
 HEADS = dict(size=4, n_kv_heads=2)
@@ -150,47 +145,12 @@ def test_overflown_hessian_is_an_error():
         prune_unit(weight, hessian, [0, 12])
 
 
-def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model("llama-gqa")
-
-
-@pytest.fixture(scope="module")
-def built(model, tmp_path_factory):
-    "The directory of an uninterrupted build; not to be changed."
-    directory = tmp_path_factory.mktemp("built") / "database"
-    build_database(model, random_blocks(), directory, progress=False)
-    return directory
-
-
-@pytest.fixture
-def copied(built, tmp_path):
-    "A copy of it that may be changed."
-    for name, content in contents(built).items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
-
-
-def test_database_holds_what_prune_unit_computes(model, built):
-    "Order, weights and errors on disk are those of each unit's own Hessian."
-    database = LevelDatabase(built, model, verify=True)
-    hessians = pruning.collect_hessians(model, database.units, random_blocks(), progress=False)
-    for index, (unit, hessian) in enumerate(zip(database.units, hessians)):
-        removed = database.space.removed[index]
-        pruned = prune_unit(model.get_submodule(unit.output).weight, hessian, removed, unit.structure_size, unit.n_kv_heads)
-        assert torch.equal(database.orders[index], pruned.order) and database.errors[index] == pruned.errors
-        assert all(torch.equal(database.weight(index, level), pruned.weights[level]) for level in range(1, len(removed) - 1))
-
-
 @pytest.mark.parametrize("rows", [256, 32], ids=["one block", "blocks that do not divide the width"])
-def test_hessian_is_that_of_the_layer_inputs(model, monkeypatch, rows):
+def test_hessian_is_that_of_the_layer_inputs(monkeypatch, rows):
     "H = 2XXᵀ/n over all calibration tokens, whatever the batch size, in however many blocks of rows."
     monkeypatch.setattr(pruning, "_ROWS", rows)
-    unit = pruning.prunable_units(model)[-1]
+    model = small_model("llama-gqa")
+    unit = prunable_units(model)[-1]
     seen = []
     handle = model.get_submodule(unit.output).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).double()))
     with torch.no_grad():
@@ -201,200 +161,6 @@ def test_hessian_is_that_of_the_layer_inputs(model, monkeypatch, rows):
         (hessian,) = pruning.collect_hessians(model, [unit], random_blocks(), batch_size, progress=False)
         torch.testing.assert_close(hessian.double(), 2 * x @ x.T / x.shape[1], rtol=1e-4, atol=1e-5)
         assert torch.equal(hessian, hessian.T)
-
-
-def test_levels_are_nested(database):
-    "What a level removes, every higher level removes too."
-    for unit in range(len(database.units)):
-        kept = [set(database.kept(unit, level).tolist()) for level in range(database.space.n_levels(unit))]
-        assert all(more > less for more, less in zip(kept, kept[1:])) and not kept[-1]
-
-
-def test_build_leaves_the_model_alone(model, tmp_path):
-    "Building changes no weight and leaves no hook behind."
-    before = model_fingerprint(model)
-    build_database(model, random_blocks(4), tmp_path / "database", progress=False)
-    assert model_fingerprint(model) == before and not any(module._forward_pre_hooks for module in model.modules())
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stored", [True, False], ids=["file written", "file missing"])
-@pytest.mark.parametrize("n_units", [0, 2, 5])
-def test_interrupted_build_continues_to_the_same_bytes(model, built, tmp_path, monkeypatch, n_units, stored):
-    "A build killed while storing unit k, before or after its file is in place, continues to the bytes of an uninterrupted one."
-    store, calls = pruning._store_unit, []
-
-    def killing(*args):
-        if len(calls) == n_units:
-            if stored:
-                store(*args)
-            raise Killed
-        calls.append(args)
-        return store(*args)
-
-    monkeypatch.setattr(pruning, "_store_unit", killing)
-    with pytest.raises(Killed):
-        build_database(model, random_blocks(), tmp_path / "database", progress=False)
-    with pytest.raises(ValueError, match=f"{6 - n_units} of 6 units are missing"):
-        LevelDatabase(tmp_path / "database", model)
-    recomputed = []
-    monkeypatch.setattr(pruning, "_store_unit", lambda *args: recomputed.append(args) or store(*args))
-    build_database(model, random_blocks(), tmp_path / "database", progress=False)
-    assert len(recomputed) == 6 - n_units
-    assert contents(tmp_path / "database") == contents(built)
-
-
-def test_build_killed_at_its_first_write_continues(model, built, tmp_path, monkeypatch):
-    "A build killed before even its manifest was renamed into place can be started again."
-    with monkeypatch.context() as patch:
-        patch.setattr(pruning.os, "replace", lambda *args: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            build_database(model, random_blocks(), tmp_path / "database", progress=False)
-    build_database(model, random_blocks(), tmp_path / "database", progress=False)
-    assert contents(tmp_path / "database").keys() >= contents(built).keys()
-
-
-LARGEST, LAYER = 4 * 80**2, 4 * (48**2 + 80**2)  # bytes of the largest Hessian, and of one layer's, of the small model
-
-
-@pytest.mark.parametrize("limit, n_groups", [(LARGEST, 6), (LAYER, 3), (2 * LAYER, 2), (None, 1)])
-def test_grouped_hessians_give_the_same_database(model, built, tmp_path, monkeypatch, limit, n_groups):
-    "A limit on the memory of Hessians is kept, and changes the number of passes but not a byte of the result."
-    collect, held = pruning.collect_hessians, []
-    monkeypatch.setattr(pruning, "collect_hessians", lambda *args: held.append(collect(*args)) or list(held[-1]))
-    build_database(model, random_blocks(), tmp_path / "database", memory_bytes=limit, progress=False)
-    assert len(held) == n_groups
-    assert all(limit is None or sum(hessian.nbytes for hessian in group) <= limit for group in held)
-    assert contents(tmp_path / "database") == contents(built)
-
-
-def test_a_group_is_let_go_before_the_next(model, tmp_path, monkeypatch):
-    "When the next Hessians are collected, those of the group before are no longer in memory."
-    collect, held, left = pruning.collect_hessians, [], []
-
-    def watched(*args):
-        left.append(sum(hessian() is not None for hessian in held))
-        hessians = collect(*args)
-        held.extend(map(weakref.ref, hessians))
-        return hessians
-
-    monkeypatch.setattr(pruning, "collect_hessians", watched)
-    build_database(model, random_blocks(), tmp_path / "database", memory_bytes=LARGEST, progress=False)
-    assert left == [0] * 6
-
-
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "mistral"])
-def test_layers_calibrated_from_stored_states_run_once(family, tmp_path, monkeypatch):
-    "With hidden states stored between groups of layers, every layer runs once per batch, and the database is the same to the last byte."
-    model, blocks = small_model(family), random_blocks(4)
-    build_database(model, blocks, tmp_path / "whole", batch_size=2, progress=False)
-    _, layers = decoder_layers(model)
-    calls = []
-    for layer in layers:
-        layer.self_attn.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
-    by_layer = lambda units, *_: CalibrationPlan(tuple(tuple(unit for unit in units if unit.layer == i) for i in range(len(layers))), True, 0)
-    monkeypatch.setattr(pruning, "plan_calibration", by_layer)
-    build_database(model, blocks, tmp_path / "split", batch_size=2, progress=False)
-    assert calls == [0, 0, 1, 1, 2, 2]
-    assert contents(tmp_path / "split") == contents(tmp_path / "whole")
-
-
-def test_plan_of_calibration():
-    "No limit: one pass. Room for the hidden states: groups of whole layers from stored states. Else: one pass a group. Too little for one Hessian: an error with the number needed."
-    units = [Unit(layer, kind, "", "", size, 1) for layer in range(4) for kind, size in (("attn", 10), ("mlp", 20))]  # 400 and 1600 bytes
-    assert [len(group) for group in plan_calibration(units, 5000).groups] == [8]
-    stored = plan_calibration(units, 1000, 5000)
-    assert stored.offload and [len(group) for group in stored.groups] == [4, 4] and stored.n_bytes == 5000
-    repeated = plan_calibration(units, 10_000, 5000)
-    assert not repeated.offload and [len(group) for group in repeated.groups] == [5, 3] and repeated.n_bytes == 4400
-    elsewhere = plan_calibration(units, 10_000, 5000, offload_bytes=10_000)
-    assert elsewhere.offload and [len(group) for group in elsewhere.groups] == [4, 4] and elsewhere.n_bytes == 4000
-    assert plan_calibration(units, 10_001, 5000, offload_bytes=10_000) == repeated
-    with pytest.raises(ValueError, match="1,600"):
-        plan_calibration(units, 0, 1599)
-
-
-@pytest.mark.parametrize("change, named", [
-    (dict(heads="group"), "heads"), (dict(n_levels=5), "removed"), (dict(damping=0.1), "damping"), (dict(grid={"mlp": [0, 40, 80]}), "removed"),
-    (dict(blocks=random_blocks(seed=1)), "data"), (dict(model=small_model("llama-gqa", seed=1)), "model")])
-def test_build_refuses_a_directory_built_differently(model, copied, change, named):
-    "Continuing with another model, text or setting is an error that names what differs, and changes nothing."
-    before = contents(copied)
-    with pytest.raises(ValueError, match=rf"built differently \(.*\b{named}\b"):
-        build_database(**dict(model=model, blocks=random_blocks(), directory=copied, progress=False) | change)
-    assert contents(copied) == before
-
-
-@pytest.mark.parametrize("other", [small_model("llama-gqa", seed=1), small_model("llama-gqa").bfloat16()], ids=["weights", "dtype"])
-def test_opening_with_another_model_names_both(built, model, other):
-    "A database of another model is refused with both fingerprints."
-    with pytest.raises(ValueError) as error:
-        LevelDatabase(built, other)
-    assert model_fingerprint(model) in str(error.value) and model_fingerprint(other) in str(error.value)
-
-
-def test_damaged_file_is_found_and_rebuilt(model, built, copied):
-    "One flipped bit is found by verify=True; deleting the named file and building again repairs it."
-    path = copied / "mlp.01.safetensors"
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"mlp\.01\.safetensors is damaged"):
-        LevelDatabase(copied, model, verify=True)
-    path.unlink()
-    build_database(model, random_blocks(), copied, progress=False)
-    assert contents(copied) == contents(built)
-
-
-def test_foreign_directories_are_left_alone(model, tmp_path):
-    "A directory with other files in it is neither written to nor opened."
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not empty"):
-        build_database(model, random_blocks(), tmp_path, progress=False)
-    with pytest.raises(ValueError, match="no level database"):
-        LevelDatabase(tmp_path, model)
-    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
-
-
-def test_other_format_version_is_refused(model, copied):
-    "A database of a future version is refused with both versions."
-    manifest = json.loads((copied / "manifest.json").read_text())
-    (copied / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match=f"format 99, this version reads {pruning.FORMAT_VERSION}"):
-        LevelDatabase(copied, model)
-
-
-def test_grid_is_checked_before_any_work(model, tmp_path):
-    "A grid that no unit can have is an error before anything is written."
-    with pytest.raises(ValueError, match="does not fit mlp.00"):
-        build_database(model, random_blocks(), tmp_path / "database", grid={"mlp": [0, 90]}, progress=False)
-    assert not (tmp_path / "database").exists()
-
-
-def test_files_are_json_and_compact_safetensors(model, built):
-    "The directory holds a JSON manifest and one readable safetensors file per unit, with only the kept columns."
-    assert {path.suffix for path in built.iterdir()} == {".json", ".safetensors"}
-    database = LevelDatabase(built, model)
-    for unit, removed in zip(database.units, database.space.removed):
-        with safe_open(built / f"{unit.name}.safetensors", framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        columns = {f"weight.{level}": (unit.n_structures - gone) * unit.structure_size for level, gone in enumerate(removed)}
-        assert shapes == {"order": [unit.n_structures]} | {f"weight.{level}": [48, columns[f"weight.{level}"]] for level in range(1, len(removed) - 1)}
-
-
-def test_full_disk_is_an_error_before_any_work(tiny, pools, tmp_path, monkeypatch):
-    """When the disk cannot hold the missing units, the build stops before calibrating; a finished build needs no room."""
-    import shutil
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 0))
-    monkeypatch.setattr("evoprune_nb.pruning.collect_hessians", lambda *_, **__: pytest.fail("calibrated"))
-    with pytest.raises(OSError, match="free"):
-        build_database(tiny, pools["calibration"].blocks.long(), tmp_path / "database", progress=False)
 
 
 def test_a_wide_layer_is_pruned_as_exactly():
