@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from safetensors import safe_open
-from helpers import made_up, random_blocks, short_config, small_model, small_pools
+from helpers import random_blocks, short_config, small_model, small_pools
 
 from evoprune_nb import database as databases
 from evoprune_nb.candidates import materialize
@@ -17,6 +17,7 @@ from evoprune_nb.machine.lock import DirectoryBusy
 from evoprune_nb.models import Unit, decoder_layers, model_fingerprint
 from evoprune_nb.pruning import collect_hessians, prune_unit
 from evoprune_nb.search import Search
+from evoprune_nb.source import Source
 from evoprune_nb.ship.export import load_winner
 
 
@@ -298,7 +299,7 @@ def test_damage_is_never_used(model, copied, tmp_path_factory, damage):
 def test_export_of_a_damaged_database_is_refused(tiny, database, tmp_path):
     "`load_winner`, and so every export, refuses a database whose units were exchanged."
     mine = LevelDatabase(shutil.copytree(database.directory, tmp_path / "database"), tiny)
-    Search(tmp_path / "run", tiny, mine, small_pools(), short_config(), made_up, {"model_name": "tiny"}).run(progress=False)
+    Search(tmp_path / "run", tiny, mine, small_pools(), short_config(heldout_tokens=0), source=Source(model_name="tiny")).run(progress=False)
     load_winner(tmp_path / "run", database=tmp_path / "database")
     exchange(tmp_path / "database" / "attn.01.safetensors", tmp_path / "database" / "attn.05.safetensors")
     with pytest.raises(ValueError, match=r"attn\.01\.safetensors is damaged"):
