@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from .config import ActiveConfig
 from .data import TokenPool
 from .database import LevelDatabase
 from .genome import Genome
@@ -19,7 +20,7 @@ from .history import History
 from .latency_table import with_stored_latency
 from .runlog import RunDiverged
 from .search import AllDisqualified, Search, fingerprints
-from .selection import Evaluation
+from .selection import StageEvaluator
 
 # %% ../nbs/19_replay.ipynb #62306eae
 def commands_of(
@@ -66,7 +67,7 @@ def replay(
     database: LevelDatabase,  # the same level database
     pools: dict[str, TokenPool],  # the same text
     progress: bool = True,  # show a bar
-    evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # as for `Search`
+    evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # as for `Search`
 ) -> Genome:
     "Repeat a run, headless, with its commands at the same places: the same genomes. A run that was left unfinished is finished. Raises `ValueError` for another model, database or text."
     recorded = History(run_dir)

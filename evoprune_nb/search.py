@@ -31,7 +31,7 @@ from .database import LevelDatabase
 from .machine.lock import DirectoryLock, contents
 from .runlog import EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings, write_settings, write_state
 from .machine.device import provenance
-from .selection import Elimination, Evaluation, Stage, check_text, select
+from .selection import Elimination, Evaluation, StageEvaluator, check_text, select
 from .evaluator import Evaluator
 from .steering import SearchState, check_command
 from .config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
@@ -109,7 +109,7 @@ class Search:
         database: LevelDatabase,  # its level database
         pools: dict[str, TokenPool],  # with "tuning", "scoring", and "heldout" if config.heldout_tokens
         config: SearchConfig = SearchConfig(),  # all settings
-        evaluator: Callable[[Genome, int, int], Evaluation] | None = None,  # (genome, generation, stage) → evaluation, instead of `Evaluator`
+        evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # makes one from (settings in force, seed), instead of `Evaluator`
         source: Source | None = None,  # how model, text and database were made, for export, `attach` and `to_notebook`
     ):
         if "latency" in config.target.limits:
@@ -123,7 +123,8 @@ class Search:
             raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
         _, self.start = plan_budget(self.space, config.target)
         self.position = self._end = self._origin()
-        self._evaluator, self._evaluate, self._made_for, self._announced = evaluator, None, None, None
+        self._make_evaluator = evaluator or self._evaluator_of_candidates
+        self._evaluator, self._made_for, self._evaluations = None, None, None
         self._prepare_evaluator(self.rules, 0)
         self._brood()  # raises if the mutation cannot keep the budget
         if config.heldout_tokens:
@@ -205,6 +206,7 @@ class Search:
 
     def _rewind(self) -> None:
         "Go back to the beginning of the log, to be played back up to its end."
+        self._halt()
         self._log = EventLog(self.run_dir / "events.jsonl")
         self._end, self.position, self._steps = self._folded(self._log.recorded), self._origin(), self._run()
         with self._guarded():
@@ -330,34 +332,37 @@ class Search:
         moved = [{"unit": unit.name, "from": a, "to": b} for unit, a, b in zip(self.space.units, old.levels, parent.levels) if a != b]
         return parent, offspring + joining, ({"injected": self.position.injected} if injected else {}) | ({"retarget": moved} if moved else {})
 
-    def _prepare_evaluator(self, rules: ActiveConfig, branch: int) -> None:
-        "Have an evaluator for these rules and this branch: the old one, if it is that."
-        wanted = (rules.stages, rules.training, rules.fitness, branch)
-        if self._made_for != wanted:
-            self._made_for = wanted
-            self._evaluate = self._evaluator or Evaluator(self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, self._seed(branch), rules.warm_start, n_jobs=self.config.n_jobs)
-        if hasattr(self._evaluate, "reference"):
-            self._evaluate.reference = self.parent
+    def _evaluator_of_candidates(self, rules: ActiveConfig, seed: int) -> StageEvaluator:
+        return Evaluator(
+            self.model, self.database, self.pools, rules.stages, rules.training, rules.fitness, seed, rules.warm_start,
+            n_jobs=rules.n_jobs)
 
-    def _announce(self, candidates: Sequence[Genome], generation: int, stage: int) -> None:
-        "Pass on who will be evaluated, when it comes to that: not while a log is played back."
-        self._announced = (list(candidates), generation, stage)
+    def _prepare_evaluator(self, rules: ActiveConfig, branch: int) -> None:
+        "Have an evaluator for these settings and this branch: the old one, if it is that."
+        if self._made_for != (rules, branch):
+            self._evaluator, self._made_for = self._make_evaluator(rules, self._seed(branch)), (rules, branch)
 
     def _halt(self) -> None:
-        "End what an evaluator does in other threads."
-        if hasattr(self._evaluate, "halt"):
-            self._evaluate.halt()
+        "End evaluations that are under way elsewhere; the next one asked for begins them again."
+        if self._evaluations is not None:
+            self._evaluations.close()
+            self._evaluations = None
 
-    def _logged_evaluation(self, genome: Genome, generation: int, stage: int) -> Evaluation:
-        def compute() -> dict:
-            self._prepare_evaluator(self.position.current, self.position.branch)
-            if self._announced and hasattr(self._evaluate, "announce"):
-                self._evaluate.announce(*self._announced)
-            self._announced = None
-            self._write_state("running", stage, genome.code)
-            return _to_json(self._evaluate(genome, generation, stage))
+    def _evaluate_stage(self, candidates: Sequence[Genome], generation: int, stage: int) -> Iterator[Evaluation]:
+        "Evaluations of a stage in order: those in the log, then new ones."
+        for start, genome in enumerate(candidates):
+            def evaluate() -> dict:
+                self._write_state("running", stage, genome.code)
+                if self._evaluations is None:
+                    self._prepare_evaluator(self.position.current, self.position.branch)
+                    self._evaluations = self._evaluator.evaluate_stage(candidates, generation, stage, start)
+                evaluation = next(self._evaluations, None)
+                if evaluation is None or evaluation.genome != genome.code:
+                    raise ValueError(f"the evaluator must yield the evaluation of {genome.code} next; it gave {evaluation}")
+                return _to_json(evaluation)
 
-        return _from_json(self._record("evaluation", self._place() | {"stage": stage, "genome": genome.code}, compute))
+            yield _from_json(self._record("evaluation", self._place() | {"stage": stage, "genome": genome.code}, evaluate))
+        self._halt()
 
     def _survivor(self, last: Elimination, fitness: dict[str, float]) -> None:
         "Log the end of a generation: the best of its last stage."
@@ -391,7 +396,7 @@ class Search:
         parent, candidates, more = self._brood()
         self._record("generation", self._place() | {"parent": parent.code, "offspring": [genome.code for genome in candidates]} | more)
         rules, fitness, why = self.rules, {}, set()
-        for happened in select(parent, candidates, rules.stages, self._logged_evaluation, self.generation, self._announce):
+        for happened in select(parent, candidates, rules.stages, self._evaluate_stage, self.generation):
             if isinstance(happened, Evaluation):
                 fitness[happened.genome] = happened.fitness
                 why |= {happened.disqualified} - {""}

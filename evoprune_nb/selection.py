@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_STAGES', 'FITNESS', 'Stage', 'check_stages', 'check_warm_start', 'scoring_pool', 'check_text', 'Evaluation',
-           'Elimination', 'select']
+           'StageEvaluator', 'OneByOne', 'Elimination', 'select']
 
 # %% ../nbs/12_selection.ipynb #0b633787
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from .data import TokenPool
 from .genome import Genome
@@ -90,6 +91,36 @@ class Evaluation:
 
 FITNESS = ("kl", "perplexity")
 
+# %% ../nbs/12_selection.ipynb #04a0c139
+class StageEvaluator(Protocol):
+    "What a search asks for the fitness of candidates."
+
+    def evaluate_stage(
+        self,
+        candidates: Sequence[Genome],  # all of the stage
+        generation: int,  # from 0
+        stage: int,  # from 0
+        start: int = 0,  # index of the first to evaluate; those before it are in the log
+    ) -> Generator[Evaluation, None, None]:
+        "Yield evaluations of `candidates[start:]` in order; closing the generator ends what is under way."
+
+# %% ../nbs/12_selection.ipynb #55bf8748
+class OneByOne:
+    "Evaluates the candidates of a stage one after another."
+
+    def __init__(
+        self,
+        evaluate: Callable[[Genome, int, int], Evaluation],  # (genome, generation, stage) → evaluation
+    ):
+        self.evaluate = evaluate
+
+    def evaluate_stage(
+        self, candidates: Sequence[Genome], generation: int, stage: int, start: int = 0
+    ) -> Generator[Evaluation, None, None]:
+        "Yield evaluations of `candidates[start:]` in order."
+        for genome in candidates[start:]:
+            yield self.evaluate(genome, generation, stage)
+
 # %% ../nbs/12_selection.ipynb #e454ed89
 @dataclass(frozen=True)
 class Elimination:
@@ -104,19 +135,16 @@ def select(
     parent: Genome,  # joins the last stage
     offspring: Sequence[Genome],  # enter the first stage
     stages: Sequence[Stage],  # the schedule
-    evaluate: Callable[[Genome, int, int], Evaluation],  # (genome, generation, stage) → evaluation
+    evaluate_stage: Callable[[Sequence[Genome], int, int], Iterator[Evaluation]],  # see `StageEvaluator`
     generation: int,  # number of this generation
-    announce: Callable[[Sequence[Genome], int, int], None] = lambda *_: None,  # hears (candidates, generation, stage) when a stage begins
 ) -> Iterator[Evaluation | Elimination]:
     "Yield evaluations and eliminations; return the survivor's genome and its last evaluation."
     candidates = list(offspring)
     for index, stage in enumerate(stages):
         if index == len(stages) - 1:
             candidates.append(parent)
-        announce(candidates, generation, index)
         scored = []
-        for genome in candidates:
-            evaluation = evaluate(genome, generation, index)
+        for genome, evaluation in zip(candidates, evaluate_stage(candidates, generation, index), strict=True):
             scored.append((evaluation, genome))
             yield evaluation
         scored.sort(key=lambda pair: pair[0].fitness)

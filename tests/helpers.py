@@ -16,7 +16,7 @@ from evoprune_nb.data import TokenPool, derive_seed
 from evoprune_nb.genome import Genome, Space, level_grid
 from evoprune_nb.models import Unit
 from evoprune_nb.search import SearchConfig
-from evoprune_nb.selection import Evaluation, Stage
+from evoprune_nb.selection import Evaluation, OneByOne, Stage
 from evoprune_nb.target import Target
 from evoprune_nb.training import Training
 
@@ -126,6 +126,11 @@ def made_up(genome: Genome, generation: int, stage: int) -> Evaluation:
     luck = derive_seed(genome.code, generation, stage)
     fitness, why = (math.inf, "bad luck") if luck % 8 == 0 else (luck / 2**63, "")
     return Evaluation(generation, stage, genome.code, fitness, None, 0, 16, 0.0, why)
+
+
+def by(evaluate):
+    "A factory, as `Search` takes it, of an evaluator that calls a function for each candidate."
+    return lambda rules, seed: OneByOne(evaluate)
 
 
 def events(run_dir: Path) -> list[dict]:

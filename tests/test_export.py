@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from helpers import made_up, random_blocks, short_config, small_model, small_pools, word_tokenizer
+from helpers import by, made_up, random_blocks, short_config, small_model, small_pools, word_tokenizer
 from safetensors.torch import save_file
 from transformers.models.llama import modeling_llama as llama
 
@@ -526,8 +526,7 @@ def run_dir(tiny, database, pools, tmp_path_factory):
     "A finished run on the embedded model, with made-up fitness, that says what it searched; its database lies elsewhere."
     directory = tmp_path_factory.mktemp("run") / "run"
     parts = {name: pools["tuning" if name == "tuning" else "heldout"] for name in ("tuning", "scoring", "heldout")}
-    search = Search(directory, tiny, database, parts, short_config(generations=1, stages=(Stage(2, 0, 64), Stage(1, 64, 64))), source=Source("tiny"))
-    search._evaluate = made_up
+    search = Search(directory, tiny, database, parts, short_config(generations=1, stages=(Stage(2, 0, 64), Stage(1, 64, 64))), evaluator=by(made_up), source=Source("tiny"))
     search.run(progress=False)
     return directory
 

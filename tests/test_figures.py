@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
-from helpers import made_up, short_config, small_pools
+from helpers import by, made_up, short_config, small_pools
 
 from evoprune_nb.paper.figures import THEMES, Figure, comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, save_figure, sparsity_figure, stages_figure, swaps, tokens_figure
 from evoprune_nb.genome import Genome
@@ -27,8 +27,7 @@ def histories(small, tmp_path_factory):
         for _ in range(steps):
             search.step()
         found[name] = History(run_dir)
-    search = Search(run_dir.parent / "unlucky", *small, small_pools(), short_config(generations=8))
-    search._evaluate = made_up
+    search = Search(run_dir.parent / "unlucky", *small, small_pools(), short_config(generations=8), by(made_up))
     search.run(progress=False)
     return found | {"unlucky": History(run_dir.parent / "unlucky")}
 
@@ -36,7 +35,7 @@ def histories(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def steered(small, tmp_path_factory):
     "A run that was paused, given more offspring, and taken back to its second generation."
-    search = Search(tmp_path_factory.mktemp("runs") / "steered", *small, small_pools(), short_config(), evaluator=lambda *of: dataclasses.replace(made_up(*of), fitness=0.5, disqualified=""))
+    search = Search(tmp_path_factory.mktemp("runs") / "steered", *small, small_pools(), short_config(), evaluator=by(lambda *of: dataclasses.replace(made_up(*of), fitness=0.5, disqualified="")))
     search.send({"command": "set", "setting": "offspring", "value": 6})
     for _ in range(24):
         search.step()

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from helpers import random_blocks, small_model, small_pools
+from helpers import by, random_blocks, small_model, small_pools
 from torch.nn import functional as F
 
 from evoprune_nb.candidates import materialize
@@ -51,7 +51,7 @@ def test_same_genomes_as_before_and_as_without_shortcuts(tmp_path, family):
     model, pools = small_model(family), small_pools()
     database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
     survivors, fitness = {}, {}
-    for way, evaluator in (("fast", None), ("plain", Plain(model, database, pools))):
+    for way, evaluator in (("fast", None), ("plain", by(Plain(model, database, pools)))):
         Search(tmp_path / way, model, database, pools, CONFIG, evaluator=evaluator).run(progress=False)
         rows = [json.loads(line) for line in (tmp_path / way / "events.jsonl").read_text().splitlines()]
         survivors[way] = [row["genome"] for row in rows if row["event"] == "survivor"]

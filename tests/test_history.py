@@ -6,7 +6,8 @@ import sys
 
 import pandas as pd
 import pytest
-from helpers import events, made_up, short_config, small_pools
+from evoprune_nb import evaluator
+from helpers import by, events, made_up, short_config, small_pools
 
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
@@ -19,7 +20,7 @@ FRAMES = ("evaluations", "abandoned", "survivors", "generations", "commands", "n
 
 
 def search_in(run_dir, small, config=None, evaluator=made_up) -> Search:
-    return Search(run_dir, *small, small_pools(), config or short_config(), evaluator)
+    return Search(run_dir, *small, small_pools(), config or short_config(), by(evaluator))
 
 
 def steps(search: Search, n: int) -> None:
@@ -138,21 +139,13 @@ def test_commands_and_notes(steered):
 
 
 @pytest.mark.parametrize("warm_start", [False, True])
-def test_tokens_and_progress_of_real_evaluations(small, tmp_path, warm_start):
+def test_tokens_and_progress_of_real_evaluations(small, tmp_path, monkeypatch, warm_start):
     "With real training: tallies are tokens trained on, not tokens seen; abandoned work is counted; the plan is met at the end, and work only grows while what is left shrinks."
     config = short_config(generations=3, warm_start=warm_start, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
-    history, trained, plan = History(tmp_path / "run"), [], generation_tokens(ActiveConfig.of(config), 16)
-    original = Search._prepare_evaluator
-
-    def counting(self, rules, branch):
-        original(self, rules, branch)
-        if not hasattr(self._evaluate, "counted"):
-            train = self._evaluate._train
-            self._evaluate._train = lambda tuned, blocks, n_steps: trained.append(blocks.numel()) or train(tuned, blocks, n_steps)
-            self._evaluate.counted = True
-
-    search._prepare_evaluator = counting.__get__(search)
+    trained, real_train = [], evaluator.train
+    monkeypatch.setattr(evaluator, "train", lambda model, blocks, *args, **options: trained.append(blocks.numel()) or real_train(model, blocks, *args, **options))
+    history, plan = History(tmp_path / "run"), generation_tokens(ActiveConfig.of(config), 16)
     assert history.planned_tokens == {purpose: 3 * n for purpose, n in plan.items()} and history.progress[:2] == (0, 3 * forward_tokens(**plan))
     done_before, total = 0, history.progress[1]
     while search.step() is not None:

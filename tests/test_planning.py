@@ -33,9 +33,8 @@ CONFIG = SearchConfig(generations=1, offspring=2, stages=(Stage(1, 4 * SEQ, SEQ)
 def one_generation(model, database, pools, config=CONFIG) -> list:
     "Run one generation from the uniform parent, as a search does."
     budget, parent = plan_budget(database.space, config.target)
-    evaluate = Evaluator(model, database, pools, config.stages, config.training, warm_start=config.warm_start)
-    evaluate.reference = parent
-    return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluate, 0))
+    evaluator = Evaluator(model, database, pools, config.stages, config.training, warm_start=config.warm_start)
+    return list(select(parent, make_offspring(parent, database.space, budget, config.offspring, random.Random(0)), config.stages, evaluator.evaluate_stage, 0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import events, made_up, random_blocks, short_config, small_model, small_pools
+from helpers import by, events, made_up, random_blocks, short_config, small_model, small_pools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ UNITS = [f"{kind}.{layer:02d}" for kind in ("attn", "mlp") for layer in range(3)
 
 
 def search_in(run_dir, small, evaluator=made_up, config=None) -> Search:
-    return Search(run_dir, *small, small_pools(), config or short_config(), evaluator)
+    return Search(run_dir, *small, small_pools(), config or short_config(), by(evaluator))
 
 
 WHEN = st.sampled_from(("next", "now"))
@@ -49,7 +49,7 @@ COMMAND = st.one_of(
 
 def steered(run_dir, small, script: dict[int, list[dict]]) -> Search:
     "A live run: while the n-th evaluation is under way in the worker's thread, the n-th commands of the script are sent; whoever pauses, stops or fails is sent on its way again."
-    n, search = [0], search_in(run_dir, small)
+    n = [0]
 
     def send(command: dict) -> None:
         if command["command"] == "inject":  # some genome of about the right size
@@ -66,7 +66,7 @@ def steered(run_dir, small, script: dict[int, list[dict]]) -> Search:
             send(command)
         return made_up(*task)
 
-    search._evaluator = search._evaluate = evaluate
+    search = search_in(run_dir, small, evaluate)
     worker = Worker(search)
     for command in script.get(0, []):
         send(command)
@@ -102,14 +102,13 @@ def test_live_replayed_and_resumed_are_the_same(small, tmp_path_factory, monkeyp
     live = steered(directory / "live", small, script)
     expected, history = events(directory / "live"), History(directory / "live")
     assert history.finished and history.winner == live.parent and history.line[-1:] == [(live.position.branch, live.generation - 1)]
-    assert replay(directory / "live", directory / "again", *small, small_pools(), progress=False, evaluator=made_up) == live.parent
+    assert replay(directory / "live", directory / "again", *small, small_pools(), progress=False, evaluator=by(made_up)) == live.parent
     assert events(directory / "again") == expected
     size = int(share * (directory / "live" / "events.jsonl").stat().st_size)
     killed = cut(directory / "live", directory / "killed", size)
     assert follow(search_in(killed, small), commands_of(directory / "live"), progress=False) == live.parent
     assert events(killed) == expected
-    reopened = search_in(directory / "live", small, evaluator=None)
-    reopened._evaluate = lambda *_: pytest.fail("evaluated again")
+    reopened = search_in(directory / "live", small, evaluator=lambda *_: pytest.fail("evaluated again"))
     assert reopened.run(progress=False) == live.parent and events(directory / "live") == expected
 
 
@@ -121,7 +120,7 @@ def test_an_unfinished_run_is_replayed_to_its_end(small, tmp_path):
     search.send({"command": "set", "setting": "offspring", "value": 6})
     search.step()
     before = events(tmp_path / "run")
-    winner = replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), progress=False, evaluator=made_up)
+    winner = replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), progress=False, evaluator=by(made_up))
     assert events(tmp_path / "again")[: len(before)] == before and History(tmp_path / "again").finished
     assert search.run(progress=False) == winner and events(tmp_path / "again") == events(tmp_path / "run")
     assert History(tmp_path / "again").config == History(tmp_path / "run").config
@@ -142,7 +141,7 @@ def test_real_evaluations_are_replayed_to_the_same_numbers(small, tmp_path):
 def test_replay_of_an_unsteered_run_is_the_run(small, tmp_path, capsys):
     "No commands, same events; a bar on the error stream."
     search_in(tmp_path / "run", small).run(progress=False)
-    replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), evaluator=made_up)
+    replay(tmp_path / "run", tmp_path / "again", *small, small_pools(), evaluator=by(made_up))
     assert events(tmp_path / "again") == events(tmp_path / "run") and "replay" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, made_up, random_blocks, short_config, small_model, small_pools
+from helpers import by, events, made_up, random_blocks, short_config, small_model, small_pools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,16 +32,14 @@ from evoprune_nb.selection import Elimination, Evaluation, Stage
 from evoprune_nb.training import Training
 
 
-def search_in(run_dir, small, config=None, pools=None) -> Search:
+def search_in(run_dir, small, config=None, pools=None, evaluator=None) -> Search:
     "A search on a small model, with real evaluations."
-    return Search(run_dir, *small, pools or small_pools(), config or short_config())
+    return Search(run_dir, *small, pools or small_pools(), config or short_config(), evaluator)
 
 
-def fake_search(run_dir, small, config=None) -> Search:
+def fake_search(run_dir, small, config=None, evaluate=made_up) -> Search:
     "The same with evaluations that cost nothing."
-    search = search_in(run_dir, small, config)
-    search._evaluate = made_up
-    return search
+    return search_in(run_dir, small, config, evaluator=by(evaluate))
 
 
 def unexpected(*_):
@@ -79,8 +77,7 @@ def test_a_run_killed_at_any_byte_continues_to_the_same_end(small, faked, tmp_pa
     sizes = {size + d for size in ends for d in (-1, 0, 1)} | set(range(0, len(log), 41))
     for size in sorted(size for size in sizes if size <= len(log)):
         copy, evaluated = cut(run_dir, tmp_path / str(size), size), []
-        search = fake_search(copy, small)
-        search._evaluate = lambda *task: evaluated.append(task) or made_up(*task)
+        search = fake_search(copy, small, evaluate=lambda *task: evaluated.append(task) or made_up(*task))
         assert search.run(progress=False) == winner and search.finished, size
         assert events(copy) == expected, size
         recorded = sum(line.startswith(b'{"event": "evaluation"') for line in log[:size].split(b"\n")[:-1])
@@ -146,15 +143,15 @@ def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, warm_sta
 
 def test_an_error_beside_others_stops_the_search_as_one_alone(small, tmp_path, monkeypatch):
     "When an evaluation fails, those beside it are ended, the log keeps what was finished, and the search goes on from there."
-    config, real, calls = short_config(n_jobs=2), search_module.Evaluator._evaluated, []
+    config, real, calls = short_config(n_jobs=2), search_module.Evaluator.evaluate, []
 
-    def failing(self, which, n):
-        calls.append(which)
+    def failing(self, *task):
+        calls.append(task)
         if len(calls) == 4:
             raise RuntimeError("no memory left")
-        return real(self, which, n)
+        return real(self, *task)
 
-    monkeypatch.setattr(search_module.Evaluator, "_evaluated", failing)
+    monkeypatch.setattr(search_module.Evaluator, "evaluate", failing)
     search = search_in(tmp_path / "run", small, config)
     with pytest.raises(RuntimeError, match="no memory left"):
         search.run(progress=False)
@@ -207,25 +204,27 @@ def test_a_finished_run_is_not_searched_again(small, real):
     run_dir, winner = real
     files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0, "memory_bytes": 0} for path in run_dir.iterdir()}
     before = files()
-    search = search_in(run_dir, small, short_config(heldout_tokens=64))
-    search._evaluate = search._heldout_loss = unexpected
+    search = search_in(run_dir, small, short_config(heldout_tokens=64), evaluator=by(unexpected))
+    search._heldout_loss = unexpected
     assert search.run(progress=False) == winner and search.finished and search.step() is None
     assert files() == before
 
 
 def test_an_interrupted_search_does_not_pass_for_a_finished_one(small, faked, tmp_path):
     "After Ctrl-C in an evaluation the same object, run again, either goes on to the right end or says that it cannot; it never returns the unfinished parent."
-    search = fake_search(tmp_path / "run", small)
+    interrupting = []
+
+    def evaluate(*task):
+        if interrupting:
+            raise interrupting.pop()
+        return made_up(*task)
+
+    search = fake_search(tmp_path / "run", small, evaluate=evaluate)
     for _ in range(5):
         search.step()
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    search._evaluate = interrupted
+    interrupting.append(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         search.run(progress=False)
-    search._evaluate = made_up
     try:
         assert search.run(progress=False) == faked[1] and search.finished
     except RuntimeError:
@@ -419,16 +418,14 @@ def test_a_run_of_version_0_1_went_on_with_the_parent(small, tmp_path):
     "A log in which generations without a survivor end with the parent is played back to the end that it had."
     config = short_config(stages=(Stage(2, 0, 32), Stage(1, 0, 32)))
     nobody = lambda genome, generation, stage: made_up(genome, generation, stage) if generation else replace(made_up(genome, generation, stage), fitness=math.inf, disqualified="x")
-    search = search_in(tmp_path / "run", small, config)
-    search._evaluate = nobody
+    search = fake_search(tmp_path / "run", small, config, nobody)
     with pytest.raises(AllDisqualified):
         search.run(progress=False)
     log = tmp_path / "run" / "events.jsonl"
     rows = [json.loads(line) | {"crc": None} for line in log.read_text().splitlines()]
     survivor = {"event": "survivor", "generation": 0, "genome": search.start.code, "fitness": None, "n_params": search.space.n_params(search.start), "time": 0}
     log.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], survivor]))
-    search = search_in(tmp_path / "run", small, config)
-    search._evaluate = nobody
+    search = fake_search(tmp_path / "run", small, config, nobody)
     search.run(progress=False)
     history = History(tmp_path / "run")
     assert history.finished and history.survivors.fitness.isna().tolist() == [True, False, False]
@@ -437,7 +434,7 @@ def test_a_run_of_version_0_1_went_on_with_the_parent(small, tmp_path):
 CREATES = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from helpers import made_up, short_config, small_model, small_pools
+from helpers import by, made_up, short_config, small_model, small_pools
 from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 model, pools = small_model("llama-gqa"), small_pools()
@@ -445,7 +442,7 @@ database = LevelDatabase(sys.argv[2], model)
 print("ready", flush=True)
 for run_dir in sys.stdin:
     try:
-        Search(run_dir.strip(), model, database, pools, short_config(seed=int(sys.argv[3]), generations=1), made_up).run(progress=False)
+        Search(run_dir.strip(), model, database, pools, short_config(seed=int(sys.argv[3]), generations=1), by(made_up)).run(progress=False)
         print("done", flush=True)
     except Exception as error:
         print(type(error).__name__, error, flush=True)
@@ -527,11 +524,11 @@ def test_a_full_disk_at_the_lock(small, tmp_path, monkeypatch):
 LIMITED = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
-from helpers import made_up, short_config, small_model, small_pools
+from helpers import by, made_up, short_config, small_model, small_pools
 from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 model = small_model("llama-gqa")
-search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), made_up)
+search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), by(made_up))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 for n in range(200, 2600, 400):
@@ -566,14 +563,14 @@ def test_wrong_arguments_do_not_claim_the_directory(small, tmp_path):
 
 def test_the_search_goes_on_without_a_disqualified_candidate(small, tmp_path, monkeypatch):
     "One candidate whose training fails is recorded and falls; the others are untouched by it."
-    evaluation_of, calls = search_module.Evaluator.__call__, []
+    evaluation_of, calls = search_module.Evaluator.evaluate, []
 
-    def fails_once(self, genome, generation, stage):
-        evaluation = evaluation_of(self, genome, generation, stage)
+    def fails_once(self, *task):
+        evaluation = evaluation_of(self, *task)
         calls.append(evaluation)
         return replace(evaluation, fitness=math.inf, disqualified="made to fail") if len(calls) == 2 else evaluation
 
-    monkeypatch.setattr(search_module.Evaluator, "__call__", fails_once)
+    monkeypatch.setattr(search_module.Evaluator, "evaluate", fails_once)
     search_in(tmp_path / "run", small).run(progress=False)
     frame = History(tmp_path / "run").evaluations
     assert list(frame.index[frame.disqualified != ""]) == [1] and not frame.survived[1]

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict
 
 import pytest
-from helpers import events, made_up, short_config, small_pools, spaces
+from helpers import by, events, made_up, short_config, small_pools, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from evoprune_nb.training import Training
 
 
 def fake(run_dir, small, config=None, evaluator=made_up, **options) -> Search:
-    return Search(run_dir, *small, small_pools(), config or short_config(), evaluator, **options)
+    return Search(run_dir, *small, small_pools(), config or short_config(), by(evaluator), **options)
 
 
 def steps(search: Search, n: int) -> list:
@@ -436,3 +436,48 @@ def test_settings_of_an_earlier_version_are_resumed(small, tmp_path):
     path.write_text(json.dumps(row | {"config": row["config"] | {"colour": "red"}}))
     with pytest.raises(ValueError, match="settings that this version does not know.*colour"):
         fake(tmp_path / "run", small)
+
+
+class Recorder:
+    "A custom evaluator of the user's own making: what it was made for, and what it was asked for."
+
+    def __init__(self, rules, seed, asked):
+        self.rules, self.seed, self.asked = rules, seed, asked
+
+    def evaluate_stage(self, candidates, generation, stage, start=0):
+        for genome in candidates[start:]:
+            self.asked.append((self.rules.stages, self.rules.lr, self.rules.fitness, self.seed, generation, stage, genome.code))
+            yield made_up(genome, generation, stage)
+
+
+def test_steering_reaches_a_custom_evaluator(small, tmp_path):
+    "Changed stages, learning rate and fitness, and the seed of a branch, are in what the factory makes; on resume it is asked for what the log lacks only."
+    asked = []
+    make = lambda rules, seed: Recorder(rules, seed, asked)
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(generations=2), make)
+    steps(search, 2)
+    search.send(set_("stages", [[1, 0, 16]], when="now"))
+    search.send(set_("lr", 0.01))
+    search.send(set_("fitness", "perplexity"))
+    steps(search, 5)
+    search.send({"command": "branch", "generation": 0})
+    steps(search, 3)
+    n, before = len(asked), asked[-1]
+    assert asked[1][1:4] == (1e-3, "kl", 0) and asked[3][0] == (Stage(1, 0, 16),) and asked[3][1:4] == (0.01, "perplexity", 0)
+    assert before[3] == search._seed(1) != 0
+    resumed = Search(tmp_path / "run", *small, small_pools(), short_config(generations=2), make)
+    while len(asked) == n:
+        resumed.step()
+    assert len(asked) == n + 1 and asked[-1][:6] == before[:6] and asked[-1][6] != before[6]
+
+
+def test_an_evaluator_that_loses_the_thread_is_stopped(small, tmp_path):
+    "One that yields too few evaluations, or those of other candidates, is an error that names the candidate."
+    class Confused:
+        def evaluate_stage(self, candidates, generation, stage, start=0):
+            yield from (made_up(genome, generation, stage) for genome in candidates[start:][::step])
+
+    for step in (-1, 2):
+        search = Search(tmp_path / str(step), *small, small_pools(), short_config(), lambda *_: Confused())
+        with pytest.raises(ValueError, match="must yield the evaluation of .* next"):
+            search.run(progress=False)

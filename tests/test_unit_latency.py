@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import made_up, random_blocks, short_config, small_model, small_pools
+from helpers import by, made_up, random_blocks, short_config, small_model, small_pools
 
 from evoprune_nb import latency_table
 from evoprune_nb.judge import unit_latency
@@ -198,11 +198,11 @@ def test_a_search_needs_the_table_and_keeps_to_it(small, tmp_path):
     table = json.loads(path.read_text())
     table["seconds"] = {shape: {phase: [float(shape.split()[-1] != "fixed"), 1, 1] for phase in PHASES} for shape in table["seconds"]}  # one second a unit
     path.write_text(json.dumps(table))
-    winner = Search(tmp_path / "run", model, opened(), small_pools(), config, made_up).run(progress=False)
+    winner = Search(tmp_path / "run", model, opened(), small_pools(), config, by(made_up)).run(progress=False)
     for code in History(tmp_path / "run").evaluations.genome:
         levels = Genome.parse(code).levels
         assert sum(opened().space.kept(i, level) > 0 for i, level in enumerate(levels)) <= 4  # 0.8 · 6 s: at least two units are gone
-    assert replay(tmp_path / "run", tmp_path / "again", model, opened(), small_pools(), progress=False, evaluator=made_up) == winner
+    assert replay(tmp_path / "run", tmp_path / "again", model, opened(), small_pools(), progress=False, evaluator=by(made_up)) == winner
     table["seconds"]["fixed"]["prefill"][0] = 0.5
     path.write_text(json.dumps(table))
     with pytest.raises(ValueError, match="different search: fingerprints.costs"):

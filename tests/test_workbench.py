@@ -8,7 +8,7 @@ import threading
 
 import ipywidgets as widgets
 import pytest
-from helpers import made_up, short_config, small_pools
+from helpers import by, made_up, short_config, small_pools
 
 from evoprune_nb.history import History
 from evoprune_nb.runlog import write_state
@@ -64,7 +64,7 @@ def bench(small, tmp_path):
     def make(evaluator=None, run_dir=tmp_path / "run", **changes) -> Workbench:
         evaluator = evaluator or Gate(open=True)
         gates.append(evaluator)
-        panel = Workbench(run_dir, lambda say: (Search(run_dir, *small, small_pools(), short_config(**changes), evaluator=evaluator), None), refresh_seconds=None)
+        panel = Workbench(run_dir, lambda say: (Search(run_dir, *small, small_pools(), short_config(**changes), evaluator=by(evaluator)), None), refresh_seconds=None)
         made.append(panel)
         return panel
 
@@ -374,5 +374,5 @@ def test_every_control_explains_itself(bench):
 def test_the_run_is_that_of_a_search_without_a_panel(bench, small, tmp_path):
     "A run driven by the panel, untouched, ends with the genome of `Search.run`."
     panel = finished(bench())
-    alone = Search(tmp_path / "alone", *small, small_pools(), short_config(), evaluator=made_up)
+    alone = Search(tmp_path / "alone", *small, small_pools(), short_config(), evaluator=by(made_up))
     assert alone.run(progress=False) == History(panel.run_dir).winner

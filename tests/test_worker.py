@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import events, made_up, short_config, small_pools
+from helpers import by, events, made_up, short_config, small_pools
 
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
@@ -50,7 +50,7 @@ class Gate:
 
 
 def worker_in(run_dir, small, evaluator, config=None) -> Worker:
-    return Worker(Search(run_dir, *small, small_pools(), config or short_config(), evaluator))
+    return Worker(Search(run_dir, *small, small_pools(), config or short_config(), by(evaluator)))
 
 
 def n_evaluations(run_dir) -> int:
@@ -76,7 +76,7 @@ def test_it_works_in_one_thread_of_its_own(small, tmp_path):
     assert worker.status == "stopped" and not worker.alive
     assert worker.start() is worker and worker.join(PATIENCE)
     assert worker.status == "finished" and not worker.alive and worker.error is None and len(gate.threads) == 1 and threading.get_ident() not in gate.threads
-    Search(tmp_path / "plain", *small, small_pools(), short_config(), made_up).run(progress=False)
+    Search(tmp_path / "plain", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
@@ -139,7 +139,7 @@ def test_reopened_after_a_stop(gated, small, tmp_path):
     gate.let()
     assert worker.join(PATIENCE)
     assert worker_in(tmp_path / "run", small, made_up).start().join(PATIENCE)
-    Search(tmp_path / "plain", *small, small_pools(), short_config(), made_up).run(progress=False)
+    Search(tmp_path / "plain", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert [row for row in events(tmp_path / "run") if row["event"] != "command"] == events(tmp_path / "plain")
 
 
@@ -155,7 +155,7 @@ def test_two_panels_share_a_worker(gated, small, tmp_path, monkeypatch):
     with pytest.raises(DirectoryBusy, match=r"written by this process since 20\d\d"):
         worker.search.step()
     with pytest.raises(DirectoryBusy, match="written by this process"):
-        Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).run(progress=False)
+        Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert History(tmp_path / "run").state["status"] == "running"  # reading is free
     worker.send({"command": "stop"})
     gate.let()
@@ -206,13 +206,13 @@ def test_a_failure_ends_the_thread_not_the_process(small, tmp_path):
         pass
     assert worker.start().join(PATIENCE) and worker.status == "finished" and worker.error is None
     assert len(calls) == len(History(tmp_path / "run").evaluations) + 1 and History(tmp_path / "run").state["error"] is None
-    Search(tmp_path / "plain", *small, small_pools(), short_config(), made_up).run(progress=False)
+    Search(tmp_path / "plain", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
 def test_a_generation_that_cannot_begin_fails_and_can_be_helped(small, tmp_path):
     "Offspring that cannot be found, and no command's check foresaw it: the run fails, and a command sent then is applied before the next try."
-    search = Search(tmp_path / "run", *small, small_pools(), short_config(), made_up)
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
     original = search._offspring
 
     def offspring(parent, position):
@@ -230,11 +230,11 @@ def test_a_generation_that_cannot_begin_fails_and_can_be_helped(small, tmp_path)
 CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from helpers import made_up, short_config, small_model, small_pools
+from helpers import by, made_up, short_config, small_model, small_pools
 from evoprune_nb.database import LevelDatabase
 from evoprune_nb.search import Search
 model = small_model("llama-gqa")
-search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), made_up)
+search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), by(made_up))
 with search.driving():
     for _ in range(5):
         search.step()
@@ -248,7 +248,7 @@ def test_another_process_that_drives_is_respected(small, tmp_path):
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(small[1].directory), str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
         assert child.stdout.readline() == "driving\n"
-        search = Search(tmp_path / "run", *small, small_pools(), short_config(), made_up)
+        search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
         worker = Worker(search)
         for drive in (worker.start, search.step, lambda: search.run(progress=False)):
             with pytest.raises(DirectoryBusy, match=rf"written by process {child.pid} on \S+ since 20\d\d.*attach to it to watch"):
@@ -258,37 +258,37 @@ def test_another_process_that_drives_is_respected(small, tmp_path):
         assert len(history.evaluations) == 4 and history.state["status"] == "running" and history.state["pid"] == child.pid
         with open(tmp_path / "run" / "events.jsonl", "ab") as file:
             file.write(b'{"event": "evaluation", "gen')  # it is writing just now
-        assert not history.refresh() and Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).generation == 0
+        assert not history.refresh() and Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up)).generation == 0
         assert (tmp_path / "run" / "events.jsonl").read_bytes().endswith(b'"gen')
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert history.refresh() and history.state["status"] == "stopped" and history.state["killed"]
     assert worker.start().join(PATIENCE) and worker.status == "finished"
-    Search(tmp_path / "plain", *small, small_pools(), short_config(), made_up).run(progress=False)
+    Search(tmp_path / "plain", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
 def test_two_objects_that_take_turns(small, tmp_path):
     "The lock is held for a step only; who finds that somebody else went on reads the log again. Together they make the run of one."
-    one, two = (Search(tmp_path / "run", *small, small_pools(), short_config(), made_up) for _ in range(2))
+    one, two = (Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up)) for _ in range(2))
     for _ in range(3):
         one.step()
     while len(events(tmp_path / "run")) < 9:
         two.step()
-    assert one.run(progress=False) == Search(tmp_path / "plain", *small, small_pools(), short_config(), made_up).run(progress=False)
+    assert one.run(progress=False) == Search(tmp_path / "plain", *small, small_pools(), short_config(), by(made_up)).run(progress=False)
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
 def test_interrupting_a_paused_run(small, tmp_path):
     "Ctrl-C while `run` waits in a pause leaves a stopped run that goes on later."
-    search = Search(tmp_path / "run", *small, small_pools(), short_config(), made_up)
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
     search.send({"command": "pause"})
     search._mail.wait_for = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         search.run(progress=False)
     assert search.status == "stopped" and read_state(tmp_path / "run")["status"] == "stopped"
-    assert Search(tmp_path / "run", *small, small_pools(), short_config(), made_up).run(progress=False) and json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "finished"
+    assert Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up)).run(progress=False) and json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "finished"
 
 
 LEAVES = """
@@ -300,7 +300,7 @@ from evoprune_nb.search import Search
 from evoprune_nb.ui.worker import Worker
 model = small_model("llama-gqa")
 search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(n_jobs=2))
-evaluated, search._evaluate._side_by_side.work = search._evaluate._side_by_side.work, lambda *item: time.sleep(1) or evaluated(*item)
+evaluate, search._evaluator.evaluate = search._evaluator.evaluate, lambda *task: time.sleep(1) or evaluate(*task)
 Worker(search).start()
 time.sleep(0.5)
 """
