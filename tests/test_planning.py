@@ -11,7 +11,7 @@ import torch
 import transformers
 from helpers import peak_of_tensors
 
-from evoprune_nb import training
+from evoprune_nb import losses, training
 from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
@@ -58,7 +58,7 @@ def test_bytes_of_the_head(monkeypatch, device):
     if device != "cpu":
         monkeypatch.setattr(training, "cached_rows", len)
     hidden, weight = (torch.randn(rows, 32, dtype=torch.bfloat16, requires_grad=True) for rows in (512, 32768))
-    measured = peak_of_tensors(lambda: training._HeadLoss.apply(hidden, weight, torch.zeros(512, dtype=torch.long), 1024))
+    measured = peak_of_tensors(lambda: losses._HeadLoss.apply(hidden, weight, torch.zeros(512, dtype=torch.long), 1024))
     assert head_bytes(32768, 32, 2, 512, device=device) == pytest.approx(measured, rel=0.1)
 
 
