@@ -295,7 +295,7 @@ def test_a_run_that_another_process_drives(page, place, corpus):
     "One can watch it, and look back; every control that would steer is off, and the panel says why."
     script = f"""
 from evoprune_nb.selection import Stage
-from evoprune_nb.steering import SearchConfig
+from evoprune_nb.config import SearchConfig
 from evoprune_nb.source import Source
 from evoprune_nb.ui.session import prepare_search
 config = SearchConfig(generations=1000, offspring=5, stages=(Stage(3, 0, 256), Stage(1, 256, 512)))

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from evoprune_nb.source import Source
 from evoprune_nb.ui.workbench import attach, open_run
 from evoprune_nb.ui.session import prepare_search
-from evoprune_nb.steering import SearchConfig
+from evoprune_nb.config import SearchConfig
 from evoprune_nb.selection import Stage
 source = Source(text={corpus!r}, seq_len=64, calibration_tokens=2048)
 config = SearchConfig(generations=2, offspring=3, stages=(Stage(2, 0, 128), Stage(1, 64, 128)))

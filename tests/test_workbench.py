@@ -185,8 +185,8 @@ def test_fewer_offspring_come_after_their_stages(bench):
     panel = prepared(bench())
     panel.steering.form.fields["offspring"].value = 1
     panel.steering.form.stages.value = (Stage(1, 0, 32),)
-    panel.steering.form._touched()
-    assert [command["setting"] for command in panel.steering.form.changes()] == ["stages", "offspring"]
+    panel.steering.form.touched()
+    assert list(panel.steering.form.changes()) == ["stages", "offspring"]
     panel.steering.form.apply.click()
     assert "refused" not in text(panel.run.say)
     finished(panel)
@@ -200,14 +200,14 @@ def test_a_draft_is_edited_and_injected(bench):
     gate.arrive()
     panel.refresh()
     editor, space = panel.steering.editor, panel.history.space
-    assert editor.inject.disabled and "same as the parent" in text(editor._size)
+    assert editor.inject.disabled and "same as the parent" in text(editor.size)
     editor.cells[3].click()
-    assert editor.selected == 3 and space.units[3].name in text(editor._what) and "evo-selected" in editor.cells[3]._dom_classes
+    assert editor.selected == 3 and space.units[3].name in text(editor.tools.what) and "evo-selected" in editor.cells[3]._dom_classes
     editor.set_level(0)
-    assert "evo-changed" in editor.cells[3]._dom_classes and "too many" in text(editor._size) and editor.inject.disabled
+    assert "evo-changed" in editor.cells[3]._dom_classes and "too many" in text(editor.size) and editor.inject.disabled
     assert editor.cells[3].description == f"▲{space.kept(3, 0)}"
     editor.adjust.click()
-    assert "fits" in text(editor._size) and editor.draft.levels[3] == 0 and not editor.inject.disabled
+    assert "fits" in text(editor.size) and editor.draft.levels[3] == 0 and not editor.inject.disabled
     code = editor.draft.code
     editor.inject.click()
     assert "queued: inject" in text(panel.run.say)
