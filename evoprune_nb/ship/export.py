@@ -6,7 +6,8 @@
 __all__ = ['introduce_to_peft', 'modeling_source', 'export_config', 'export_hf', 'load_exported', 'is_run', 'load_winner',
            'run_card']
 
-# %% ../../nbs/ship/02_export.ipynb #329a122d
+# %% ../../nbs/ship/02_export.ipynb #ec9ea58f
+import copy
 import inspect
 import json
 import re
@@ -98,7 +99,7 @@ def modeling_source(
     text += f"\n\n{inspect.getsource(introduce_to_peft)}\n\n{_classes(stock.config_class)}"
     return re.sub(r"\n{2,}(?=(@\w+\n)?(class|def) )", "\n\n\n", text)  # as far apart as PEP 8 wants them
 
-# %% ../../nbs/ship/02_export.ipynb #978653fc
+# %% ../../nbs/ship/02_export.ipynb #3739b4c9
 def export_config(
     model: nn.Module,  # a candidate or a reloaded export
 ) -> dict:
@@ -112,6 +113,15 @@ def export_config(
         "per_layer_config": per_layer_config(model), "norm_names": norm_names(decoder_layers(model)[1][0])}
 
 
+def _save_weights(model: nn.Module, directory: Path, max_shard_size: str | int) -> None:
+    "Save weights and generation settings. transformers notes its own class in the configuration, so it gets a copy."
+    config, model.config = model.config, copy.deepcopy(model.config)
+    try:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+    finally:
+        model.config = config
+
+
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer
@@ -121,7 +131,7 @@ def export_hf(
 ) -> Path:
     "Write a checkpoint that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads."
     with written_whole(directory) as scratch:
-        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _save_weights(model, scratch, max_shard_size)
         tokenizer.save_pretrained(scratch)
         write_text(scratch / "config.json", json.dumps(export_config(model), indent=2, default=str) + "\n")
         write_text(scratch / "modeling_pruned.py", modeling_source(model))
