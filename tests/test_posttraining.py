@@ -17,15 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evoprune_nb.ship import posttraining
+from evoprune_nb.ship import distillation, posttraining
 from evoprune_nb.candidates import materialize
 from evoprune_nb.ui.cli import main
 from evoprune_nb.data import documents, split_of
 from evoprune_nb.ship.export import export_hf, load_exported
 from evoprune_nb.ship.cards import read_card
+from evoprune_nb.machine.lock import DirectoryBusy
 from evoprune_nb.models import EMBEDDED_MODELS, load_model
 from evoprune_nb.ship.padded import export_padded
-from evoprune_nb.ship.posttraining import PostTraining, TokenStream, last_checkpoint, post_train_checkpoint, post_training_loss
+from evoprune_nb.ship.checkpoints import damage, last_checkpoint
+from evoprune_nb.ship.distillation import post_training_loss
+from evoprune_nb.ship.posttraining import post_train_checkpoint
+from evoprune_nb.ship.stream import PostTraining, TokenStream, require_text
 from evoprune_nb.search import Search
 from evoprune_nb.source import Source
 from evoprune_nb.selection import Stage
@@ -78,7 +82,7 @@ def test_the_next_window_is_made_while_one_is_in_use(short_corpus, tokenizer):
     "With the first block in hand, a thread reads on to the end of the next window, and no further."
     read, second, third = [], threading.Event(), threading.Event()
     stream = stream_of(short_corpus, tokenizer, 12)
-    packed = stream._packed
+    packed = stream.packed
 
     def counted(start):
         for row in packed(start):
@@ -86,7 +90,7 @@ def test_the_next_window_is_made_while_one_is_in_use(short_corpus, tokenizer):
             (second if len(read) == 8 else third if len(read) > 8 else threading.Event()).set()
             yield row
 
-    stream._packed = counted
+    stream.packed = counted
     rows = iter(stream)
     next(rows)
     assert second.wait(10) and not third.wait(0.2)
@@ -111,13 +115,13 @@ def test_too_little_text(short_corpus, tokenizer):
     "A file is measured before training, and the error says how much there is; more epochs give more."
     n_blocks = len(packed_by_hand(short_corpus, tokenizer, 48, 1))
     with pytest.raises(ValueError, match=f"asked for {48 * (n_blocks + 1):,} tokens, but the tuning split of .* has {48 * n_blocks:,} in 1 epochs"):
-        stream_of(short_corpus, tokenizer, n_blocks + 1).check()
-    stream_of(short_corpus, tokenizer, n_blocks).check()
-    stream_of(short_corpus, tokenizer, n_blocks + 1, epochs=2).check()
+        require_text(stream_of(short_corpus, tokenizer, n_blocks + 1))
+    require_text(stream_of(short_corpus, tokenizer, n_blocks))
+    require_text(stream_of(short_corpus, tokenizer, n_blocks + 1, epochs=2))
     with pytest.raises(RuntimeError, match="has no more text after"):
         list(stream_of(short_corpus, tokenizer, n_blocks + 1))
     with pytest.raises(ValueError, match="no column 'body'"):
-        TokenStream(str(short_corpus), tokenizer, SHORT, 3, column="body").check()
+        require_text(TokenStream(str(short_corpus), tokenizer, SHORT, 3, column="body"))
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "qwen2", "mistral"])
@@ -125,8 +129,8 @@ def test_too_little_text(short_corpus, tokenizer):
 def test_loss_and_gradients_are_the_plain_formula(family, chunk, monkeypatch):
     "With and without distillation, in chunks; no logits exist for more positions than a chunk."
     model, teacher, blocks, alpha, temperature = small_model(family), small_model("llama-mha", seed=1), random_blocks(3, 12), 0.3, 1.7
-    parameters, rows, original = list(model.parameters()), [], posttraining.objective
-    monkeypatch.setattr(posttraining, "objective", lambda logits, *rest: rows.append(len(logits)) or original(logits, *rest))
+    parameters, rows, original = list(model.parameters()), [], distillation.objective
+    monkeypatch.setattr(distillation, "objective", lambda logits, *rest: rows.append(len(logits)) or original(logits, *rest))
     log_q = (model(blocks).logits[:, :-1] / temperature).log_softmax(-1)
     with torch.no_grad():
         log_p = (teacher(blocks).logits[:, :-1] / temperature).log_softmax(-1)
@@ -209,7 +213,7 @@ def test_two_processes_are_a_larger_batch(exported, corpus, tmp_path):
     plan = dict(n_tokens=4 * 4 * 32, seq_len=32, lr=1e-3, shuffle_blocks=4, autocast=False)
     large, call = post_train(exported, tmp_path / "one", corpus, PostTraining(batch_size=4, **plan)), (str(exported), str(tmp_path / "two"), PostTraining(batch_size=2, **plan), str(corpus))
     script = tmp_path / "script.py"
-    script.write_text(f"from evoprune_nb.ship.posttraining import *\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
+    script.write_text(f"from evoprune_nb.ship.posttraining import PostTraining, post_train_checkpoint\npost_train_checkpoint(*{call!r}, use_cpu=True, progress=False)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -268,7 +272,7 @@ def test_killed_training_continues_to_the_same_weights(exported, corpus, whole, 
     script = f"""
 import dataclasses, sys, time
 import transformers
-from evoprune_nb.ship.posttraining import *
+from evoprune_nb.ship.posttraining import PostTraining, post_train_checkpoint
 class Slow(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         time.sleep(0 if state.global_step < 6 else 60)
@@ -303,6 +307,106 @@ def test_stopped_before_the_result_was_written(exported, corpus, whole, tmp_path
         post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64)
     assert last_checkpoint(tmp_path / "trained.training").name == "checkpoint-8"
     assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
+
+
+@pytest.fixture(scope="module")
+def stopped(exported, corpus, tmp_path_factory):
+    "The working directory of a training that was stopped before its result was written, with two checkpoints."
+    out = tmp_path_factory.mktemp("stopped") / "trained"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(posttraining, "_write_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        post_train(exported, out, corpus, checkpoint_tokens=4 * 64)
+    return Path(f"{out}.training")
+
+
+def flip(path: Path) -> None:
+    "Flip a bit in the middle of a file."
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("action, name", [
+    *((Path.unlink, name) for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors")),
+    *((flip, name) for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors", "rng_state.pth", "config.json", "stream.json"))])
+def test_a_damaged_checkpoint_is_not_used(exported, corpus, whole, stopped, tmp_path, action, name):
+    "Whatever is missing or flipped in the last checkpoint: the one before is used, the file is named, and the weights are those of the training never interrupted."
+    work = Path(shutil.copytree(stopped, tmp_path / "trained.training"))
+    action(work / "checkpoint-8" / name)
+    with pytest.warns(UserWarning, match=f"checkpoint-8/{name} is (missing|damaged).*continues from the checkpoint before"):
+        out = post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64)
+    assert same_weights(out, whole)
+
+
+def test_every_bit_of_a_seal_counts(stopped, tmp_path):
+    "The position in the text is as protected as the weights."
+    checkpoint = Path(shutil.copytree(stopped / "checkpoint-4", tmp_path / "checkpoint-4"))
+    content = (checkpoint / "stream.json").read_bytes()
+    assert not damage(checkpoint)
+    for index in range(len(content)):
+        (checkpoint / "stream.json").write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+        assert damage(checkpoint), content[: index + 1]
+
+
+def test_without_a_good_checkpoint_it_begins_anew(exported, corpus, whole, stopped, tmp_path):
+    "Both checkpoints damaged: said of each, and the training begins again, to the same weights."
+    work = Path(shutil.copytree(stopped, tmp_path / "trained.training"))
+    for checkpoint in work.glob("checkpoint-*"):
+        flip(checkpoint / "optimizer.pt")
+    with pytest.warns(UserWarning, match="or begins anew") as said:
+        assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
+    assert sum("optimizer.pt is damaged" in str(row.message) for row in said) == 2
+
+
+def test_checkpoints_of_version_0_1_are_continued(exported, corpus, whole, stopped, tmp_path):
+    "They have the position, but no hashes."
+    work = Path(shutil.copytree(stopped, tmp_path / "trained.training"))
+    for path in work.glob("checkpoint-*/stream.json"):
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in ("blocks", "window", "start")}))
+    assert last_checkpoint(work).name == "checkpoint-8"
+    assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
+
+
+def test_two_trainings_do_not_share_a_directory(exported, corpus, whole, stopped, tmp_path):
+    "While one process trains, another is refused by name, and disturbs nothing; afterwards it may."
+    work = Path(shutil.copytree(stopped, tmp_path / "trained.training"))
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys
+from evoprune_nb.machine.lock import DirectoryLock
+with DirectoryLock({str(work)!r}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(DirectoryBusy, match=f"trained.training is being written by process {holder.pid}"):
+            post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64)
+        assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"} and not (tmp_path / "trained").exists()
+    finally:
+        holder.communicate("")
+    assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "no column", "too short"])
+def test_a_wrong_text_claims_nothing(exported, corpus, short_corpus, whole, tmp_path, wrong):
+    "The call fails, and the corrected call works."
+    source, column = {"missing": (tmp_path / "nowhere.jsonl", "text"), "no column": (corpus, "body"), "too short": (tmp_path / "short.jsonl", "text")}[wrong]
+    (tmp_path / "short.jsonl").write_text("".join(short_corpus.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises((ValueError, OSError)):
+        post_train(exported, tmp_path / "trained", source, column=column, checkpoint_tokens=4 * 64)
+    assert not (tmp_path / "trained.training").exists()
+    assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
+
+
+def test_links_out_of_a_checkpoint_are_not_followed(exported, corpus, tmp_path):
+    "A LICENSE that is a link to somewhere else stays out of the result."
+    source = Path(shutil.copytree(exported, tmp_path / "source"))
+    (tmp_path / "secret").write_text("the private key")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="LICENSE is a link out"):
+        out = post_train(source, tmp_path / "trained", corpus, PostTraining(n_tokens=64, seq_len=32, batch_size=2))
+    assert not (out / "LICENSE").exists() and "private key" not in "".join(path.read_text() for path in out.glob("*.[mj]*"))
 
 
 def test_distillation_from_the_dense_model(exported, corpus, tmp_path):
@@ -341,7 +445,7 @@ def test_other_settings_do_not_continue(exported, corpus, tmp_path, monkeypatch)
 
 
 def test_wrong_use_is_refused_before_training(exported, corpus, short_corpus, tokenizer, whole, tmp_path):
-    with pytest.raises(ValueError, match="exists; choose a new directory"):
+    with pytest.raises(ValueError, match="exists and is not an empty directory; choose another place"):
         post_train(exported, whole, corpus)
     with pytest.raises(ValueError, match="is no checkpoint"):
         post_train(tmp_path, tmp_path / "out", corpus)
@@ -387,4 +491,4 @@ def test_command_on_the_winner_of_a_run(tiny, tokenizer, database, pools, corpus
     assert main(["eval", str(run), "--database", str(database.directory), *evaluate_it]) == main(["eval", str(start), *evaluate_it]) == 0
     of_run, of_export = (json.loads((directory / "evaluation.json").read_text()) for directory in (run, start))
     assert of_run["heldout"] == of_export["heldout"] and of_run["conditions"] == of_export["conditions"] | {"genome": winner.code}
-    assert main(["post-train", str(start), str(tmp_path / "trained"), "--tokens", "300"]) == 2 and "choose a new directory" in capsys.readouterr().err
+    assert main(["post-train", str(start), str(tmp_path / "trained"), "--tokens", "300"]) == 2 and "choose another place" in capsys.readouterr().err
