@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from helpers import by, made_up, short_config, small_pools
 
-from evoprune_nb.paper.figures import THEMES, Figure, comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, save_figure, sparsity_figure, stages_figure, swaps, tokens_figure
+from evoprune_nb.paper.drawing import THEMES, Figure, plain, save_figure
+from evoprune_nb.paper.figures import (
+    comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, relative_fitness, sparsity_figure, stages_figure, swaps, tokens_figure)
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.search import Search
@@ -59,13 +61,13 @@ def test_before_the_first_evaluation(histories, draw, message):
 
 
 @pytest.mark.parametrize("moment", [*STEPS, "unlucky"])
-@pytest.mark.parametrize("log", [False, True])
-def test_fitness_figure(histories, moment, log):
+@pytest.mark.parametrize("view", ["raw", "log"])
+def test_fitness_as_scored(histories, moment, view):
     "At every moment: labelled axes with units, a title, a legend, all survivors on the line, held-out loss below when it was tracked."
     history = histories[moment]
-    figure = fitness_figure(history, log)
+    figure = fitness_figure(history, view)
     axes, *below = figure.axes
-    assert axes.get_ylabel() == "KL to the dense model (nats per token)" and axes.get_yscale() == ("log" if log else "linear") and axes.get_title() and axes.get_legend()
+    assert axes.get_ylabel() == "KL to the dense model (nats per token)" and axes.get_yscale() == ("log" if view == "log" else "linear") and axes.get_title() and axes.get_legend()
     assert figure.axes[-1].get_xlabel() == "generation" and [lower.get_ylabel() for lower in below] == ["held-out\nperplexity"] * bool(history.survivors.heldout_loss.notna().any())
     (line,) = [line for line in axes.lines if line.get_label() == "survivor"]
     expected = history.survivors.fitness.tolist()
@@ -76,10 +78,78 @@ def test_fitness_figure(histories, moment, log):
     assert figure._repr_png_()
 
 
+def levels_by_hand(history) -> list[float]:
+    "The survivors' fitness as a multiple of the start's: the product of what each generation's last stage says."
+    level, levels, frame = 1.0, [], history.evaluations
+    for (branch, generation), winner in zip(history.line, history.survivors.query("on_line").genome):
+        last = frame[(frame.branch == branch) & (frame.generation == generation) & (frame.stage == 1)].set_index("genome")
+        parent = last[last.is_parent].fitness.item()
+        level *= last.fitness[winner] / parent if winner in last.index and parent > 0 else 1
+        levels.append(level)
+    return levels
+
+
+@pytest.mark.parametrize("moment", STEPS)
+def test_fitness_on_the_same_text(histories, moment):
+    "The line begins at the start and falls with every survivor; in the last stage, marks are their ratio to the parent."
+    history = histories[moment]
+    figure = fitness_figure(history)
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == "KL to the dense model,\nchange since the start (%)" and "same text" in axes.get_title() and axes.get_legend()
+    assert figure.axes[-1].get_xlabel() == "generation (0: the start)"
+    (line,) = [line for line in axes.lines if line.get_label() == "survivor"]
+    assert list(line.get_xdata()) == [0] + [generation + 1 for generation in history.survivors.generation]
+    levels = [1, *levels_by_hand(history)]
+    assert list(line.get_ydata()) == pytest.approx([100 * (level - 1) for level in levels], abs=1e-9) and levels == sorted(levels, reverse=True)
+    frame = relative_fitness(history)
+    for (_, generation), before in zip(history.line, levels):
+        last = frame[(frame.generation == generation) & (frame.stage == 1)]
+        assert last.change.tolist() == pytest.approx((100 * (before * last.fitness / last[last.is_parent].fitness.item() - 1)).tolist(), abs=1e-9)
+        first = frame[(frame.generation == generation) & (frame.stage == 0)]
+        order = first.sort_values("fitness").genome.tolist()
+        assert first.sort_values("change").genome.tolist() == order  # a stage keeps its order
+    assert frame.drop(columns="change").equals(history.evaluations)
+
+
+def test_fitness_with_lost_candidates_and_parents(histories):
+    "Where nothing can be compared, nothing is drawn; the line goes on."
+    history = histories["unlucky"]
+    frame = relative_fitness(history)
+    assert frame[frame.fitness.isna()].change.isna().all() and fitness_figure(history)._repr_png_()
+    (line,) = [line for line in fitness_figure(history).axes[0].lines if line.get_label() == "survivor"]
+    assert len(line.get_ydata()) == 1 + len(history.survivors)
+
+
+def test_fitness_that_is_no_ratio_is_shown_raw(small, tmp_path):
+    "A divergence of zero has no ratio; another view is refused."
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(generations=1), evaluator=lambda *of: dataclasses.replace(made_up(*of), fitness=0.0, disqualified=""))
+    search.run(progress=False)
+    assert "nats per token" in fitness_figure(History(tmp_path / "run")).axes[0].get_ylabel()
+    with pytest.raises(ValueError, match="use one of relative, raw, log"):
+        fitness_figure(History(tmp_path / "run"), "linear")
+
+
+@pytest.mark.parametrize("text", ["$\\frac{$", "$x$", "\\$", "50 $", "\ud800", "$\ud800_{$ \\$ $", "a & <b> é"])
+def test_text_of_users_is_drawn_as_it_is(small, tmp_path, text):
+    "A note, a title and a name with dollar signs or half a character break no figure, and are no formula."
+    run_dir = tmp_path / "run"
+    search = Search(run_dir, *small, small_pools(), short_config(generations=1))
+    search.send({"command": "note", "text": text})
+    search.run(progress=False)
+    history = History(run_dir)
+    rows = [{"name": text, "before": [2.0], "after": [1.0]}]
+    for figure in (fitness_figure(history), genome_figure(history.winner, history.space, text, history.start, text), comparison_figure(rows, title=text)):
+        assert figure._repr_png_() and (plain(text) in texts(figure) or plain(history.notes.text[0]) in texts(figure))
+        save_figure(figure, tmp_path / "figure")
+    from matplotlib.cbook import is_math_text
+
+    assert not is_math_text(plain(text))
+
+
 def test_fitness_figure_shows_each_fallen_candidate_once(histories):
     "Every candidate that fell is one mark, at its last fitness, in the style of the stage in which it fell."
     history = histories["finished"]
-    marks = {c.get_label(): sorted(map(tuple, c.get_offsets().tolist())) for c in fitness_figure(history).axes[0].collections}
+    marks = {c.get_label(): sorted(map(tuple, c.get_offsets().tolist())) for c in fitness_figure(history, "raw").axes[0].collections}
     frame = history.evaluations
     for stage in (0, 1):
         fallen = frame[(frame.stage == stage) & frame.survived.eq(False)]
@@ -89,7 +159,8 @@ def test_fitness_figure_shows_each_fallen_candidate_once(histories):
 def test_fitness_figure_names_the_fitness(small, tmp_path):
     "With perplexity as fitness, the axis says so."
     Search(tmp_path / "run", *small, small_pools(), short_config(fitness="perplexity", generations=1)).run(progress=False)
-    assert fitness_figure(History(tmp_path / "run")).axes[0].get_ylabel() == "perplexity"
+    axes = [fitness_figure(History(tmp_path / "run"), view).axes[0] for view in ("relative", "raw")]
+    assert [each.get_ylabel() for each in axes] == ["perplexity,\nchange since the start (%)", "perplexity"]
 
 
 @pytest.mark.parametrize("moment", [*STEPS, "unlucky"])
@@ -256,6 +327,7 @@ def test_no_pyplot(histories, tmp_path):
     "Importing, drawing and saving never import pyplot, so figures can be made in any thread."
     script = """
 import sys
+from evoprune_nb.paper.drawing import *
 from evoprune_nb.paper.figures import *
 from evoprune_nb.history import History
 history = History(sys.argv[1])

@@ -22,7 +22,7 @@ import yaml
 
 from ..machine.device import provenance
 from ..machine.files import sha256_file, write_text
-from .figures import Figure, save_figure
+from .drawing import Figure, save_figure
 
 # %% ../../nbs/paper/02_experiments.ipynb #c7e645ae
 _TYPES = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}

@@ -99,14 +99,14 @@ def text_parts(
 def picture_parts(
     moment: Moment,  # to be shown
     code: str,  # of the candidate
-    log_scale: bool,  # axis of the fitness
+    fitness_view: str,  # relative, raw or log, as for `fitness_figure`
 ) -> dict[str, Part]:
     "The pictures."
     view, branch, generation = moment.history, moment.branch, moment.generation
     parent, tokens_key = moment.parent, (branch, generation, view.finished, view.rules)
     return {
-        "fitness": ((*moment.key, log_scale), lambda: picture(
-            fitness_figure(view, log_scale, "page"), "fitness of all candidates by generation")),
+        "fitness": ((*moment.key, fitness_view), lambda: picture(
+            fitness_figure(view, fitness_view, "page"), "fitness of all candidates by generation")),
         "stages": (moment.key, lambda: picture(
             stages_figure(view, generation, "page", branch),
             f"ranks of the candidates of generation {generation + 1}, stage by stage: "

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 
-from ..paper.figures import Figure, candidate_names, lineage, swaps
+from ..paper.drawing import Figure
+from ..paper.figures import candidate_names, lineage, swaps
 from ..genome import Genome, Space
 from ..history import History
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mailbox', 'Steering', 'drive', 'send_or_drive', 'start', 'branch', 'copy_to_draft', 'fit_draft', 'ask', 'show_head',
-           'show_nothing', 'show_run', 'log_switch', 'make_page', 'Watch', 'Workbench', 'open_run', 'attach']
+           'show_nothing', 'show_run', 'fitness_switch', 'make_page', 'Watch', 'Workbench', 'open_run', 'attach']
 
 # %% ../../nbs/ui/03_workbench.ipynb #ba9123fc
 import threading
@@ -199,7 +199,7 @@ def show_head(bench: "Workbench") -> None:
     able = can_drive(driver) and not driver.preparing
     enable_buttons(run, status, driver.driving, able, bench.worker is not None)
     candidate = bench.candidate
-    for part in (bench.moment.live, bench.log_scale, candidate.choice, candidate.edit, candidate.prompt, candidate.ask):
+    for part in (bench.moment.live, bench.fitness_view, candidate.choice, candidate.edit, candidate.prompt, candidate.ask):
         update(part, disabled=history is None)
 
 # %% ../../nbs/ui/03_workbench.ipynb #11ed99f6
@@ -225,13 +225,15 @@ def show_run(bench: "Workbench") -> None:
     bench.candidate.offer(options)
     best = options[0][1] if options else moment.history.winner.code
     bench.shown = code = bench.candidate.choice.value or best
-    bench.gallery.show(text_parts(moment, code), picture_parts(moment, code, bench.log_scale.value))
+    bench.gallery.show(text_parts(moment, code), picture_parts(moment, code, bench.fitness_view.value))
 
 # %% ../../nbs/ui/03_workbench.ipynb #0e259913
-def log_switch(changed) -> widgets.ToggleButtons:
-    "Linear or logarithmic axis."
+def fitness_switch(changed) -> widgets.ToggleButtons:
+    "How fitness is shown."
     made = widgets.ToggleButtons(
-        options=[("linear", False), ("log", True)], tooltips=["Linear axis", "Logarithmic axis"],
+        options=[("same text", "relative"), ("raw", "raw"), ("log", "log")],
+        tooltips=["Change since the start, compared on the same text",
+                  "As scored, each stage on other text", "As scored, on a logarithmic axis"],
         style={"button_width": "auto"})
     made.observe(lambda _: changed(), "value")
     return made
@@ -243,7 +245,7 @@ def make_page(bench: "Workbench") -> widgets.VBox:
     half = lambda title, *children, **more: card(title, *children, flex=HALF, **more)
     cards = (
         bench.run.widget, bench.moment.widget,
-        half("Fitness", row(bench.log_scale), views["fitness"]),
+        half("Fitness", row(bench.fitness_view), views["fitness"]),
         half("Stages", views["stages"], hint="lines that cross are rank flips"),
         bench.genome_card,
         half("Candidate", views["costs"], row(candidate.prompt, candidate.ask), candidate.answer,
@@ -315,7 +317,7 @@ class Workbench:
         self.moment = MomentCard(lambda generation: branch(self, generation), self.urge)
         self.candidate = CandidateCard(lambda: copy_to_draft(self), lambda: ask(self), self.urge)
         self.steering = Steering(self.send, lambda draft, kept: fit_draft(self, draft, kept))
-        self.log_scale = log_switch(self.urge)
+        self.fitness_view = fitness_switch(self.urge)
         self.genome_card = card(
             "Genome", row(hinted(self.candidate.choice), self.candidate.edit), self.gallery.views["genome"],
             flex=HALF, hint="a candidate below its parent")
