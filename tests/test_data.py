@@ -3,6 +3,7 @@ import json
 import random
 
 import pandas
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
@@ -215,3 +216,56 @@ def test_endless_source_ends(monkeypatch):
     _, tokenizer = load_model("tiny")
     pools = data.load_pools("endless", tokenizer, seq_len=16, at_most=64)
     assert {pool.n_tokens >= 64 for pool in pools.values()} == {True} and set(pools) == set(data.SPLITS)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n", "\n \n"])
+def test_json_lines_end_at_line_feeds_only(tmp_path, separator, end):
+    "Unicode's other line ends may stand in a JSON text as they are (control characters escaped), and blank lines are nothing."
+    texts = [f"a{separator}b", "c"]
+    rows = [json.dumps({"text": text}, ensure_ascii=ord(separator) < 32) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes(("\n".join(rows) + end).encode())
+    assert list(documents(tmp_path / "a.jsonl")) == texts
+
+
+def compressed(path, ending: str):
+    "The same file, compressed."
+    target = path.with_name(path.name + ending)
+    with pyarrow.CompressedOutputStream(str(target), {".gz": "gzip", ".zst": "zstd"}[ending]) as file:
+        file.write(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_compressed_text_gives_the_same_documents(tmp_path, ending, compression):
+    "What `datasets` decompresses is read like the file itself."
+    source = make_source(tmp_path / f"a{ending}", TEXTS)
+    assert list(documents(compressed(source, compression))) == list(documents(source))
+
+
+def test_a_directory_is_the_documents_of_its_files(tmp_path):
+    "Files are read in the order of their names, whatever their formats; other files are left out."
+    (tmp_path / "text" / "sub").mkdir(parents=True)
+    expected = []
+    for name, text in (("a.jsonl", "one"), ("b.txt", "two"), ("sub/c.parquet", "three"), ("sub/d.txt", "four")):
+        expected.append(text)
+        make_source(tmp_path / "text" / name, [text])
+    compressed(make_source(tmp_path / "e.jsonl", ["five"]), ".gz").rename(tmp_path / "text" / "z.jsonl.gz")
+    (tmp_path / "text" / "README.md").write_text("no text")
+    (tmp_path / "text" / "empty.txt").touch()
+    assert [text.strip() for text in documents(tmp_path / "text")] == [*expected, "five"]
+    (tmp_path / "text" / "broken.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match="broken.jsonl' cannot be read"):
+        list(documents(tmp_path / "text"))
+    with pytest.raises(ValueError, match="the directory has no text; known formats are .txt, .jsonl"):
+        (tmp_path / "nothing").mkdir()
+        list(documents(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("tokens", [None, {"tuning": 80, "scoring": 80}])
+def test_one_document_is_in_one_split(tmp_path, tokens):
+    "A file that is one document lacks three splits; the error says so, and how documents are told apart."
+    (tmp_path / "book.txt").write_text("\n".join("1 2 3" for _ in range(200)))
+    with pytest.raises(ValueError, match="it has one document, and that is in one split only .in a .txt file, blank lines separate documents"):
+        load_pools(tmp_path / "book.txt", Numbers(), SEQ, tokens)

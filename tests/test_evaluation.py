@@ -141,7 +141,7 @@ def test_zero_shot_leaves_everything_as_it_was(tokenizer, task):
     ("no json", "line 2: no JSON"), ("[1]", "line 2: no JSON object"), ('{"query": "a", "gold": 0}', "line 2: lacks choices"),
     ('{"query": "a", "choices": ["b"], "gold": 0}', "choices must be two texts or more; got \\['b'\\]"), ('{"query": "a", "choices": ["b", 3], "gold": 0}', "choices must be two texts"),
     ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold must be the index of one of 2 choices; got 2"), ('{"query": "a", "choices": ["b", "c"], "gold": "0"}', "gold must be .* got '0'"),
-    ('{"query": 1, "choices": ["b", "c"], "gold": 0}', "query must be text; got 1"), ("", "line 2: no JSON")])
+    ('{"query": 1, "choices": ["b", "c"], "gold": 0}', "query must be text; got 1"), ("{", "line 2: no JSON")])
 def test_files_that_hold_no_questions(line, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -162,6 +162,14 @@ def test_missing_files_and_tasks(tiny, tokenizer, tmp_path, task):
         load_tasks([])
     with pytest.raises(ValueError, match="limit must be at least 1"):
         zero_shot(tiny, tokenizer, [task], limit=0)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n \r\n"])
+def test_questions_with_other_line_ends(tiny, tokenizer, tmp_path, end):
+    "A raw U+2028 in a question is text, and blank lines are nothing."
+    rows = [{"query": "one\u2028two\u0085three", "choices": ["a", "b"], "gold": 0}, {"query": "x", "choices": ["a", "b"], "gold": 1}]
+    (tmp_path / "rows.jsonl").write_bytes(("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end).encode())
+    assert zero_shot(tiny, tokenizer, [write_task(tmp_path / "rows.jsonl", tmp_path)])["rows"].n == 2
 
 
 def test_report_is_json_with_origin(tiny, tokenizer, pools, task, tmp_path):
@@ -189,6 +197,7 @@ def test_command(exported, corpus, task, tokenizer, capsys):
     assert row["tasks"]["endings"]["metrics"] == zero_shot(candidate, tokenizer, [task], limit=5)["endings"].metrics
     assert len(row["latency"]["decode"]["seconds"]) == 2 and row["conditions"]["text_blocks"] == pool.fingerprint()
     assert f"{row['heldout']['perplexity']:,.3f}" in printed and "decode, median" in printed
+    assert row["conditions"]["dtype"] == "auto" and "weights in float32, as stored: compare only with models in float32" in printed
     card = (directory / "README.md").read_text()
     assert card.count("## Scores") == 1 and f"| held-out perplexity | {row['heldout']['perplexity']:,.4g} |" in card and "| endings acc |" in card
     assert main([*command, "--tasks", str(task)]) == 0 and (directory / "README.md").read_text() == card  # the same scores again

@@ -78,11 +78,11 @@ def write_task(
     rows_file, name = Path(rows_file), name or Path(rows_file).stem
     if not rows_file.is_file():
         raise ValueError(f"no file of questions {str(rows_file)!r}")
-    lines = rows_file.read_text(encoding="utf-8").splitlines()
-    if not lines:
+    lines = rows_file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold a raw U+2028
+    if not any(line.strip() for line in lines):
         raise ValueError(f"{rows_file} has no questions")
     for number, line in enumerate(lines, 1):
-        if problem := _not_a_question(line):
+        if line.strip() and (problem := _not_a_question(line)):
             raise ValueError(f"{rows_file}, line {number}: {problem}; a line must be like " + '{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}')
     task = {
         "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows_file.resolve())}}, "test_split": "test", "output_type": "multiple_choice",

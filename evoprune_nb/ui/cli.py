@@ -162,12 +162,14 @@ def _eval(options: argparse.Namespace) -> None:
         if options.memory:
             conditions |= {"memory": shape}
             measured["memory"] = peak_memory(checkpoint, **shape, loader=loader, **loading)
-    report = evaluation_report(model, options.source, conditions, **measured)
+    report = evaluation_report(model, options.source, conditions | {"dtype": options.dtype}, **measured)
     here = Path(options.source)
     path = report.save(options.out or (here / "evaluation.json" if here.is_dir() else f"{options.source.replace('/', '--')}.evaluation.json"))
     if path == here / "evaluation.json" and (here / "card.json").exists():
         add_scores(here)
     print("\n" + text_table(report.rows()) + f"\n\nreport: {path.resolve()}")
+    if options.dtype == "auto":
+        print(f"weights in {report.dtype}, as stored: compare only with models in {report.dtype}, or pass --dtype")
 
 # %% ../../nbs/ui/04_cli.ipynb #698f64b3
 def _add_plan(commands: argparse._SubParsersAction) -> None:
