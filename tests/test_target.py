@@ -215,7 +215,7 @@ def test_units_that_break_a_cap_are_moved_or_named(space):
     ({}, "nothing limits the size"), (dict(sparsity=math.nan), "0 to 1; got nan"), (dict(sparsity=-0.1), "0 to 1; got -0.1"), (dict(sparsity=True), "got True"),
     (dict(sparsity="half"), "got 'half'"), (dict(params=-1), "not negative; got -1"), (dict(params=math.inf), "got inf"), (dict(limits={"flops": math.nan}), "got nan"),
     (dict(sparsity=0.5, tolerance=-0.1), "tolerance.*got -0.1"), (dict(sparsity=0.5, tolerance=1), "tolerance.*got 1"), (dict(sparsity=0.5, tolerance=math.nan), "got nan"),
-    (dict(sparsity=0.5, caps={"max_width": True}), "got True"), (dict(sparsity=0.5, caps={"min_heads": -1}), "got -1"), (dict(sparsity=0.5, limits=0.5), "limits and caps are dicts")])
+    (dict(sparsity=0.5, caps={"max_width": True}), "got True"), (dict(sparsity=0.5, caps={"min_heads": -1}), "got -1"), (dict(sparsity=0.5, limits=0.5), "limits and caps must be dicts; got 0.5")])
 def test_sizes_that_make_no_sense_are_refused_at_once(wanted, message):
     "Before a model is loaded: wrong types, NaN, negative numbers, two sizes at once, none at all."
     with pytest.raises(ValueError, match=message):
