@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = ['OPERATORS', 'level_swap', 'cost_swap', 'MutationError', 'make_offspring']
 
-# %% ../nbs/05_mutation.ipynb #9473c554
+# %% ../nbs/05_mutation.ipynb #fc5afe6b
 import random
 from collections.abc import Collection
 
-from .target import Budget, fit_budget  # `fit_budget` is the mutation that follows a change of the target
 from .genome import Genome, Space
+from .target import Budget
 
-# %% ../nbs/05_mutation.ipynb #d140d564
+# %% ../nbs/05_mutation.ipynb #6af30db5
+def _n_swaps(rng: random.Random, max_swaps: int) -> int:
+    "The smaller of two draws from 1 … max_swaps."
+    return min(rng.randint(1, max_swaps), rng.randint(1, max_swaps))
+
+# %% ../nbs/05_mutation.ipynb #c0ae2c03
 def level_swap(
     parent: Genome,  # the genome to change
     space: Space,  # its units and levels
@@ -20,12 +25,12 @@ def level_swap(
     max_swaps: int = 3,  # swaps = min of two draws from 1 … max_swaps
     frozen: Collection[int] = (),  # indices of units that must keep their level
 ) -> Genome:
-    "A copy of the parent after a few swaps; the result may be the parent itself, and may miss the budget."
+    "A copy of the parent after a few swaps; it may be the parent itself, and may miss the budget."
     levels = list(parent.levels)
     free = [i for i in range(len(levels)) if i not in frozen]
     if not free:
         return parent
-    for _ in range(min(rng.randint(1, max_swaps), rng.randint(1, max_swaps))):
+    for _ in range(_n_swaps(rng, max_swaps)):
         kind = space.units[rng.choice(free)].kind
         same_kind = [i for i in free if space.units[i].kind == kind]
         less = [i for i in same_kind if levels[i] > 0]
@@ -33,55 +38,44 @@ def level_swap(
         more = [i for i in same_kind if i != lowered and levels[i] + 1 < space.n_levels(i)]
         if lowered is None or not more:
             continue
-        raised = rng.choice(more)
         levels[lowered] -= 1
-        levels[raised] += 1
+        levels[rng.choice(more)] += 1
     return parent.with_levels(levels)
 
-# %% ../nbs/05_mutation.ipynb #51382b43
-def cost_swap(
-    parent: Genome,  # the genome to change
-    space: Space,  # its units and levels
-    budget: Budget,  # to be kept
-    rng: random.Random,  # the only source of chance
-    max_swaps: int = 3,  # swaps = min of two draws from 1 … max_swaps
-    frozen: Collection[int] = (),  # indices of units that must keep their level
-) -> Genome:
-    "A copy of the parent after a few trades between units of any kind; the result may be the parent itself, and may miss the budget."
-    child, kept = parent, set(frozen)
-    for _ in range(min(rng.randint(1, max_swaps), rng.randint(1, max_swaps))):
-        steps = _lower(child, space, budget, kept)
-        if not steps:
-            break
-        unit, level = rng.choice(steps)
-        kept |= {unit}  # what was given is not taken back
-        child = _balanced(_moved(child, unit, level), space, budget, kept, rng)
-    return child
-
-
+# %% ../nbs/05_mutation.ipynb #17765178
 def _moved(genome: Genome, unit: int, level: int) -> Genome:
+    "The genome with one unit at another level."
     return genome.with_levels([*genome.levels[:unit], level, *genome.levels[unit + 1 :]])
 
 
 def _lower(genome: Genome, space: Space, budget: Budget, kept: Collection[int]) -> list[tuple[int, int]]:
     "Units that may be pruned less, each with the next level down that the caps allow."
-    onward = [(unit, [other for other in budget.levels(space, unit) if other < level]) for unit, level in enumerate(genome.levels) if unit not in kept]
-    return [(unit, max(levels)) for unit, levels in onward if levels]
+    found = []
+    for unit, level in enumerate(genome.levels):
+        onward = [other for other in budget.levels(space, unit) if other < level]
+        if onward and unit not in kept:
+            found.append((unit, max(onward)))
+    return found
 
-
-def _cheaper(genome: Genome, space: Space, budget: Budget, kept: Collection[int], measures: Collection[str]) -> list[tuple[int, int]]:
+# %% ../nbs/05_mutation.ipynb #9327bc56
+def _cheaper(
+    genome: Genome, space: Space, budget: Budget, kept: Collection[int], measures: Collection[str]
+) -> list[tuple[int, int]]:
     "Units that may be pruned more, each with the next level that costs less in one of the measures."
     found = []
     for unit, level in enumerate(genome.levels):
         costs = [space.costs[measure][unit] for measure in measures]
-        onward = [other for other in budget.levels(space, unit) if other > level and any(row[other] < row[level] for row in costs)]
+        saves = lambda other: any(row[other] < row[level] for row in costs)
+        onward = [other for other in budget.levels(space, unit) if other > level and saves(other)]
         if onward and unit not in kept:
             found.append((unit, min(onward)))
     return found
 
-# %% ../nbs/05_mutation.ipynb #0c516a93
-def _balanced(child: Genome, space: Space, budget: Budget, kept: Collection[int], rng: random.Random) -> Genome:
-    "The child after further units were pruned until it fits, and then others restored while that fits and the budget is not used."
+# %% ../nbs/05_mutation.ipynb #21d3042a
+def _balanced(
+    child: Genome, space: Space, budget: Budget, kept: Collection[int], rng: random.Random
+) -> Genome:
+    "The child after random units were pruned until it fits, and others restored until the budget is used."
     paid = set()
     while not budget.fits(costs := budget.costs(space, child)):
         over = [measure for measure, limit in budget.limits.items() if costs[measure] > limit]
@@ -98,7 +92,27 @@ def _balanced(child: Genome, space: Space, budget: Budget, kept: Collection[int]
         child = rng.choice(restored)
     return child
 
-# %% ../nbs/05_mutation.ipynb #667fa1b7
+# %% ../nbs/05_mutation.ipynb #641d530e
+def cost_swap(
+    parent: Genome,  # the genome to change
+    space: Space,  # its units and levels
+    budget: Budget,  # to be kept
+    rng: random.Random,  # the only source of chance
+    max_swaps: int = 3,  # swaps = min of two draws from 1 … max_swaps
+    frozen: Collection[int] = (),  # indices of units that must keep their level
+) -> Genome:
+    "A copy of the parent after a few trades between units of any kind; it may miss the budget."
+    child, kept = parent, set(frozen)
+    for _ in range(_n_swaps(rng, max_swaps)):
+        steps = _lower(child, space, budget, kept)
+        if not steps:
+            break
+        unit, level = rng.choice(steps)
+        kept |= {unit}  # what was given is not taken back
+        child = _balanced(_moved(child, unit, level), space, budget, kept, rng)
+    return child
+
+# %% ../nbs/05_mutation.ipynb #c6750072
 OPERATORS = {  # name → function of (parent, space, budget, rng, max_swaps, frozen)
     "level_swap": lambda parent, space, budget, *rest: level_swap(parent, space, *rest),
     "cost_swap": cost_swap,
@@ -108,19 +122,19 @@ OPERATORS = {  # name → function of (parent, space, budget, rng, max_swaps, fr
 class MutationError(ValueError):
     "No further offspring within the budget could be found."
 
-
+# %% ../nbs/05_mutation.ipynb #4da12b4c
 def make_offspring(
     parent: Genome,  # the survivor of the last generation
     space: Space,  # its units and levels
     budget: Budget,  # which every offspring meets
     n: int,  # how many (λ)
     rng: random.Random,  # the only source of chance
-    operator: str = "level_swap",  # a name in OPERATORS: "level_swap" trades within a kind, "cost_swap" across kinds too
+    operator: str = "level_swap",  # in OPERATORS: "level_swap" trades within a kind, "cost_swap" across kinds
     max_swaps: int = 3,  # strength of the mutation
     frozen: Collection[int] = (),  # indices of units that must keep their level
     max_tries: int = 1000,  # draws per offspring before giving up
 ) -> list[Genome]:
-    "`n` distinct offspring within the budget, none equal to the parent. Raises `MutationError` when there are too few."
+    "`n` distinct offspring within the budget, none the parent. Raises `MutationError` if too few are found."
     if operator not in OPERATORS:
         raise ValueError(f"mutation operator {operator!r} is unknown; there are {', '.join(OPERATORS)}")
     found: dict[Genome, None] = {}
@@ -133,5 +147,6 @@ def make_offspring(
     if len(found) < n:
         raise MutationError(
             f"only {len(found)} of {n} distinct offspring were found within {budget} "
-            f"({len(frozen)} of {len(space.units)} units frozen): raise the tolerance or max_swaps, thaw units, or ask for fewer offspring")
+            f"({len(frozen)} of {len(space.units)} units frozen): "
+            "raise the tolerance or max_swaps, thaw units, or ask for fewer offspring")
     return list(found)

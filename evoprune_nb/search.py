@@ -21,12 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from .machine.allocator import keep_freed_memory
-from .target import Budget, plan_budget
+from .target import Budget, fit_budget, plan_budget
 from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .genome import Genome, level_grid, make_space
 from .models import model_fingerprint, prunable_units
-from .mutation import fit_budget, make_offspring
+from .mutation import make_offspring
 from .database import LevelDatabase
 from .machine.lock import DirectoryLock, contents
 from .runlog import EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings, write_settings, write_state
