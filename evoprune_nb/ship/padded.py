@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['group_sizes', 'check_groups', 'StockShape', 'stock_shape', 'padded_model', 'PaddedExport', 'export_padded']
 
-# %% ../../nbs/ship/03_padded.ipynb #98c85f57
+# %% ../../nbs/ship/03_padded.ipynb #ca4b83aa
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..candidates import unit_slices
-from .cards import Card, write_card
-from .layers import per_layer_config, stock_class, stock_config
 from ..machine.files import written_whole
 from ..modeling import head_map
 from ..models import Unit, decoder_layers
+from .cards import Card, write_card
+from .layers import per_layer_config, stock_class, stock_config
 
-# %% ../../nbs/ship/03_padded.ipynb #056f4cbd
+# %% ../../nbs/ship/03_padded.ipynb #4a78d82b
 def group_sizes(
     attention: nn.Module,  # an attention block of a pruned model
 ) -> list[int]:
@@ -31,19 +31,24 @@ def group_sizes(
     return [counts[head] for head in range(len(counts))]
 
 
+def _all_groups(model: nn.Module) -> dict[int, list[int]]:
+    "The groups of every layer that has attention."
+    return {index: group_sizes(layer.self_attn) for index, layer in enumerate(decoder_layers(model)[1]) if layer.self_attn is not None}
+
+
 def check_groups(
     model: nn.Module,  # a candidate or a reloaded export
     form: str,  # what needs groups of one size, for the message
 ) -> None:
     "Raise `ValueError` when a layer's groups differ, saying what to do."
-    for index, layer in enumerate(decoder_layers(model)[1]):
-        sizes = [] if layer.self_attn is None else group_sizes(layer.self_attn)
+    for index, sizes in _all_groups(model).items():
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} holds groups of one size only. Build the level database with heads='query' or 'group', "
-                "export with --format hf, which holds any heads, or fill the smaller groups up with zero heads: pad_heads=True (--pad-heads)")
+                f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} holds groups "
+                "of one size only. Build the level database with heads='query' or 'group', export with --format hf, "
+                "which holds any heads, or fill the smaller groups up with zero heads: pad_heads=True (--pad-heads)")
 
-# %% ../../nbs/ship/03_padded.ipynb #716a4aa0
+# %% ../../nbs/ship/03_padded.ipynb #66696c4f
 @dataclass(frozen=True)
 class StockShape:
     "The one shape of all layers of a padded checkpoint."
@@ -54,27 +59,31 @@ class StockShape:
 
 
 def _head_grid(n_kv: int, group: int, allowed: Sequence[int]) -> tuple[int, int]:
-    "Query and key/value heads, as few as possible, with room for so many groups of such a size; `allowed`: numbers of query heads."
+    "Query and key/value heads, as few as possible, with room for so many groups of such a size."
     return min((n_heads, n) for n_heads in allowed for n in range(n_kv, n_heads // group + 1) if n_heads % n == 0)
+
+# %% ../../nbs/ship/03_padded.ipynb #f5dc6aa8
+def _allowed_heads(model: nn.Module, keep_head_count: bool | None) -> list[int]:
+    "Numbers of query heads that a stock configuration may have."
+    config = stock_config(model)
+    dense, hidden = config.num_attention_heads, config.hidden_size
+    if keep_head_count is None:
+        keep_head_count = not hasattr(stock_class(model).config_class(), "head_dim")
+    return [dense] if keep_head_count else [n for n in range(1, dense + 1) if hidden % n == 0 or hidden % dense]
 
 
 def stock_shape(
     model: nn.Module,  # a candidate or a reloaded export
-    keep_head_count: bool | None = None,  # keep the dense number of query heads, for engines that derive head_dim; None: where the configuration class has no head_dim
+    keep_head_count: bool | None = None,  # keep the dense number of query heads; None: where there is no head_dim
 ) -> StockShape:
     "The smallest homogeneous shape that holds every layer."
-    rows, config = per_layer_config(model), stock_config(model)
+    rows, groups = per_layer_config(model), _all_groups(model).values()
     layers = tuple(index for index, row in rows.items() if len(row["skip"]) < 2) or (0,)
-    groups = [group_sizes(layer.self_attn) for layer in decoder_layers(model)[1] if layer.self_attn is not None]
-    if keep_head_count is None:
-        keep_head_count = not hasattr(stock_class(model).config_class(), "head_dim")
     n_kv, group = max(map(len, groups), default=1), max(map(max, groups), default=1)
-    dense, hidden = config.num_attention_heads, config.hidden_size
-    allowed = [dense] if keep_head_count else [n for n in range(1, dense + 1) if hidden % n == 0 or hidden % dense]
-    n_heads, n_kv_heads = _head_grid(n_kv, group, allowed)
-    return StockShape(layers, n_heads, n_kv_heads, max((row.get("intermediate_size", 1) for row in rows.values()), default=1))
+    n_heads, n_kv_heads = _head_grid(n_kv, group, _allowed_heads(model, keep_head_count))
+    return StockShape(layers, n_heads, n_kv_heads, max(row.get("intermediate_size", 1) for row in rows.values()))
 
-# %% ../../nbs/ship/03_padded.ipynb #b523d8da
+# %% ../../nbs/ship/03_padded.ipynb #8989e891
 def _layer_slices(layer: nn.Module, shape: StockShape) -> dict[str, tuple[int, torch.Tensor]]:
     "Where the linear layers of a decoder layer go in the stock shape: path → dimension, indices."
     slices = {}
@@ -84,28 +93,44 @@ def _layer_slices(layer: nn.Module, shape: StockShape) -> dict[str, tuple[int, t
         stock = Unit(0, "attn", "", "", shape.n_heads, size, shape.n_kv_heads)
         slices |= {f"self_attn.{part}": where for part, where in unit_slices(layer.self_attn, stock, slots).items()}
     if layer.mlp is not None:
-        stock = Unit(0, "mlp", "", "", shape.width, 1)
-        slices |= {f"mlp.{part}": where for part, where in unit_slices(layer.mlp, stock, torch.arange(layer.mlp.down_proj.in_features)).items()}
+        stock, channels = Unit(0, "mlp", "", "", shape.width, 1), torch.arange(layer.mlp.down_proj.in_features)
+        slices |= {f"mlp.{part}": where for part, where in unit_slices(layer.mlp, stock, channels).items()}
     return slices
 
 
+def _put_layer(state: dict[str, torch.Tensor], path: str, layer: nn.Module, shape: StockShape) -> None:
+    "Copy the weights of a decoder layer to where they stand in the stock shape."
+    slices = _layer_slices(layer, shape)
+    for name, tensor in layer.state_dict().items():
+        part, _, which = name.rpartition(".")
+        dimension, indices = slices.get(part, (0, slice(None)))
+        if dimension == 1:
+            indices = (slice(None), indices) if which == "weight" else slice(None)
+        state[f"{path}.{name}"][indices] = tensor.cpu()
+
+# %% ../../nbs/ship/03_padded.ipynb #d19b9870
 def _padded_state(model: nn.Module, stock: nn.Module, shape: StockShape) -> dict[str, torch.Tensor]:
     "The weights of the pruned model in the stock model's shapes, exact zeros elsewhere."
-    path, layers = decoder_layers(model)
-    own = model.state_dict()
-    state = {name: own[name].cpu() if not name.startswith(f"{path}.") else torch.zeros(tensor.shape, dtype=model.dtype) for name, tensor in stock.state_dict().items()}
+    (path, layers), own = decoder_layers(model), model.state_dict()
+    zeros = lambda tensor: torch.zeros(tensor.shape, dtype=model.dtype)
+    state = {name: zeros(tensor) if name.startswith(f"{path}.") else own[name].cpu() for name, tensor in stock.state_dict().items()}
     for new, old in enumerate(shape.layers):
-        slices = _layer_slices(layers[old], shape)
-        for name, tensor in layers[old].state_dict().items():
-            part, _, which = name.rpartition(".")
-            dimension, indices = slices.get(part, (0, slice(None)))
-            if dimension == 1:
-                indices = (slice(None), indices) if which == "weight" else slice(None)
-            state[f"{path}.{new}.{name}"][indices] = tensor.cpu()
+        _put_layer(state, f"{path}.{new}", layers[old], shape)
     return state
 
 
 _LISTS_BY_LAYER = ("layer_types", "no_rope_layers")  # configuration entries with a value per layer
+
+
+def _padded_config(model: nn.Module, shape: StockShape):
+    "The stock configuration of that shape."
+    changes = {key: [values[i] for i in shape.layers] for key in _LISTS_BY_LAYER if (values := getattr(model.config, key, None))}
+    attention = next((layer.self_attn for layer in decoder_layers(model)[1] if layer.self_attn is not None), None)
+    if attention is not None and attention.head_dim:
+        changes["head_dim"] = attention.head_dim
+    return stock_config(
+        model, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.width,
+        num_hidden_layers=len(shape.layers), dtype=model.dtype, **changes)
 
 
 def padded_model(
@@ -113,19 +138,14 @@ def padded_model(
     shape: StockShape,  # from `stock_shape`
 ) -> nn.Module:
     "A stock model of that shape with the pruned model's weights, on the CPU."
-    by_layer = {key: [values[i] for i in shape.layers] for key in _LISTS_BY_LAYER if (values := getattr(model.config, key, None))}
-    head_dim = next((layer.self_attn.head_dim for layer in decoder_layers(model)[1] if layer.self_attn is not None), None)
-    config = stock_config(
-        model, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.width, num_hidden_layers=len(shape.layers), dtype=model.dtype,
-        **by_layer, **({"head_dim": head_dim} if head_dim else {}))
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
+        stock = AutoModelForCausalLM.from_config(_padded_config(model, shape))
     stock.load_state_dict(_padded_state(model, stock, shape), assign=True)
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock
 
-# %% ../../nbs/ship/03_padded.ipynb #5f2ce20a
+# %% ../../nbs/ship/03_padded.ipynb #e6385956
 @dataclass(frozen=True)
 class PaddedExport:
     "What a padded export became."
@@ -142,11 +162,13 @@ class PaddedExport:
         return (self.dense_params - self.n_params) / saving if saving else 1.0
 
     def __str__(self) -> str:
+        shape = self.shape
         return (
-            f"{self.n_params:,} parameters in {len(self.shape.layers)} equal layers of {self.shape.n_heads} query heads, {self.shape.n_kv_heads} key/value heads and {self.shape.width} channels: "
-            f"{self.kept_saving:.0%} of the saving is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
+            f"{self.n_params:,} parameters in {len(shape.layers)} equal layers of {shape.n_heads} query heads, "
+            f"{shape.n_kv_heads} key/value heads and {shape.width} channels: {self.kept_saving:.0%} of the saving "
+            f"is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
 
-
+# %% ../../nbs/ship/03_padded.ipynb #d6fd93cc
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -159,19 +181,23 @@ def _check_equal(model: nn.Module, directory: Path) -> None:
     wanted, found = model(tokens).logits.float(), stranger(tokens).logits.float()
     difference, tolerance = ((wanted - found).abs().max() / wanted.abs().max()).item(), torch.finfo(model.dtype).eps ** 0.5
     if not difference <= tolerance:
-        raise RuntimeError(f"the padded checkpoint computes other logits than the pruned model: they differ by {difference:.2g} of the largest, more than rounding ({tolerance:.2g}); nothing was written")
+        raise RuntimeError("the padded checkpoint computes other logits than the pruned model: they differ by "
+                           f"{difference:.2g} of the largest, more than rounding ({tolerance:.2g}); nothing was written")
 
-
+# %% ../../nbs/ship/03_padded.ipynb #0270a254
 def export_padded(
     model: nn.Module,  # from `materialize`, trained or not; or from `load_exported`
     tokenizer,  # the model's tokenizer
     directory: str | Path,  # must not exist yet, or be empty
     card: Card = Card(),  # for README.md
-    pad_heads: bool = False,  # fill groups of query heads that are smaller than others with zero heads, instead of refusing
+    pad_heads: bool = False,  # fill smaller groups of query heads with zero heads, instead of refusing
     keep_head_count: bool | None = None,  # see `stock_shape`
-    max_shard_size: str | int = "5GB",  # a larger model is split into several safetensors files with an index
+    max_shard_size: str | int = "5GB",  # a larger model is split into several safetensors files
 ) -> PaddedExport:
-    "Write a stock Hugging Face checkpoint that needs no remote code. Raises `ValueError` for groups of query heads that differ, unless `pad_heads`."
+    """Write a stock Hugging Face checkpoint that needs no remote code.
+
+    Raises `ValueError` for groups of query heads that differ, unless `pad_heads`.
+    """
     if not pad_heads:
         check_groups(model, "a padded stock checkpoint")
     shape = stock_shape(model, keep_head_count)
@@ -183,5 +209,7 @@ def export_padded(
         stock.save_pretrained(scratch, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(scratch)
         _check_equal(model, scratch)
-        write_card(scratch, model, replace(card, form="padded"), {"parameters in this padded checkpoint, zeros included": result.n_params, "share of the saving that padding keeps": f"{result.kept_saving:.0%}"})
+        write_card(scratch, model, replace(card, form="padded"), {
+            "parameters in this padded checkpoint, zeros included": result.n_params,
+            "share of the saving that padding keeps": f"{result.kept_saving:.0%}"})
     return result
