@@ -21,16 +21,16 @@ from tqdm import tqdm
 
 from .machine.fetch import WIKIPEDIA_SAMPLE, cached, fetch_embedded
 
-# %% ../nbs/01_data.ipynb #4c0de175
+# %% ../nbs/01_data.ipynb #efe4e8e3
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`
 _COMPRESSED = (".gz", ".zst")
 
-
+# %% ../nbs/01_data.ipynb #5ebf1e02
 def _ending(path: Path) -> str:
     "The ending that says the format: `.jsonl`, also of `a.jsonl.gz`."
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
-
+# %% ../nbs/01_data.ipynb #abada86e
 def _local_files(source: str | Path, path: Path) -> list[Path]:
     "The files of a local source, in order. Raises `ValueError` when there is none that can be read."
     known = f"known formats are {', '.join(_READERS)}, each also compressed ({', '.join(_COMPRESSED)})"
@@ -46,7 +46,7 @@ def _local_files(source: str | Path, path: Path) -> list[Path]:
         raise ValueError(f"text source {str(source)!r}: cannot read {ending}; {known}")
     return [path]
 
-# %% ../nbs/01_data.ipynb #7186628b
+# %% ../nbs/01_data.ipynb #bb52d63d
 def _file_rows(path: Path) -> Iterator[dict]:
     "The rows of one local file."
     from datasets import load_dataset
@@ -59,7 +59,7 @@ def _file_rows(path: Path) -> Iterator[dict]:
         return
     yield from rows
 
-
+# %% ../nbs/01_data.ipynb #5b012024
 def _hub_rows(source: str, split: str) -> Iterable[dict]:
     "The rows of a hub dataset, given as `id` or `id:configuration`."
     from datasets import load_dataset
@@ -72,7 +72,7 @@ def _hub_rows(source: str, split: str) -> Iterable[dict]:
             f"text source {source!r} is neither embedded ({', '.join(EMBEDDED_TEXT)}), nor a local file, "
             f"nor a dataset that could be reached: {error}") from error
 
-# %% ../nbs/01_data.ipynb #3eced559
+# %% ../nbs/01_data.ipynb #f3b8c6b9
 def _naming_errors(rows: Iterable[dict], source: str | Path) -> Iterator[dict]:
     "The rows; an error on the way becomes a `ValueError` that names their source."
     try:
@@ -81,7 +81,7 @@ def _naming_errors(rows: Iterable[dict], source: str | Path) -> Iterator[dict]:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"text source {str(source)!r} cannot be read: {what}") from error
 
-
+# %% ../nbs/01_data.ipynb #979219d2
 def _rows(source: str | Path, split: str) -> Iterator[dict]:
     "All rows of a source."
     path = EMBEDDED_TEXT[source]() if source in EMBEDDED_TEXT else Path(source)
@@ -111,10 +111,10 @@ def documents(
         if text and text.strip():
             yield text
 
-# %% ../nbs/01_data.ipynb #8042d6a9
+# %% ../nbs/01_data.ipynb #cf14da03
 SPLITS = {"calibration": 0.2, "tuning": 0.5, "scoring": 0.15, "heldout": 0.15}  # share of the documents
 
-
+# %% ../nbs/01_data.ipynb #57d63fcf
 def split_of(
     document: str,  # the text itself
     seed: int = 0,  # another seed, another assignment
@@ -249,19 +249,19 @@ def _read_splits(
                 break
     return tokens, n_documents
 
-# %% ../nbs/01_data.ipynb #98a88a7f
+# %% ../nbs/01_data.ipynb #006490d4
 def _how_many(n_documents: int) -> str:
     "What to say of the documents of a source with too little text in a split."
     documents = "one document, and that" if n_documents == 1 else f"{n_documents:,} documents, and each"
     return f"it has {documents} is in one split only (in a .txt file, blank lines separate documents)"
 
-
+# %% ../nbs/01_data.ipynb #53363108
 def _packed(texts: list[list[int]], seq_len: int, begin: tuple[int, ...], n_blocks: int) -> torch.Tensor:
     "The first blocks of the texts of a split: (n_blocks, seq_len), int32."
     blocks = pack_blocks(enumerate(texts), seq_len, begin)
     return torch.tensor([block for block, _ in islice(blocks, n_blocks)], dtype=torch.int32)
 
-
+# %% ../nbs/01_data.ipynb #454f1db9
 def _check_enough(
     source: str | Path, split: str, n_wanted: int, n_found: int, n_blocks: int, seq_len: int, n_documents: int
 ) -> None:
@@ -309,11 +309,11 @@ def derive_seed(
     "A 63-bit seed from any sequence of numbers and words (SHA-256)."
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/01_data.ipynb #0cc60efa
+# %% ../nbs/01_data.ipynb #8095128c
 _EMPTY_SECTIONS = {
     "References", "Further reading", "External links", "See also", "Notes", "Bibliography", "Sources"}
 
-
+# %% ../nbs/01_data.ipynb #7c029375
 def _remove(code, nodes: list) -> None:
     "Remove nodes from parsed wikitext."
     for node in nodes:
@@ -322,7 +322,7 @@ def _remove(code, nodes: list) -> None:
         except ValueError:  # already gone with the node around it
             pass
 
-
+# %% ../nbs/01_data.ipynb #224f9ba6
 def _plain_text(wikitext: str) -> str:
     "The readable paragraphs of an article."
     import mwparserfromhell
@@ -335,10 +335,10 @@ def _plain_text(wikitext: str) -> str:
     lines = (line.strip() for line in code.strip_code(normalize=True, collapse=True).splitlines())
     return "\n".join(line for line in lines if line and line not in _EMPTY_SECTIONS)
 
-# %% ../nbs/01_data.ipynb #46878054
+# %% ../nbs/01_data.ipynb #f3a50ef7
 _MEDIAWIKI = "{http://www.mediawiki.org/xml/export-0.10/}"
 
-
+# %% ../nbs/01_data.ipynb #c19995b5
 def _write_wikipedia_sample(path: Path) -> None:
     "Write the articles of the embedded dump as JSON rows `{title, text}`."
     dump = bz2.decompress(fetch_embedded(WIKIPEDIA_SAMPLE).read_bytes())
@@ -351,10 +351,10 @@ def _write_wikipedia_sample(path: Path) -> None:
             row = {"title": page.findtext(f"{_MEDIAWIKI}title"), "text": _plain_text(wikitext)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-
+# %% ../nbs/01_data.ipynb #193189e6
 def wikipedia_sample() -> Path:
     "Path of the embedded corpus, one JSON row `{title, text}` per article; made on first use."
     return cached("wikipedia-sample.jsonl", _write_wikipedia_sample)
 
-
+# %% ../nbs/01_data.ipynb #5351f1d9
 EMBEDDED_TEXT = {"wikipedia-sample": wikipedia_sample}  # name → function that returns the file

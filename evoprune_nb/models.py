@@ -21,12 +21,12 @@ from .machine.attention import use_attention_in_blocks
 from .machine.device import resolve_device, resolve_dtype
 from .machine.fetch import SMOLLM2_GGUF, cached, fetch_embedded
 
-# %% ../nbs/00_models.ipynb #2edf5e8a
+# %% ../nbs/00_models.ipynb #bbeb3d94
 def _listed(names: list[str]) -> str:
     "The first few of many names."
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-
+# %% ../nbs/00_models.ipynb #ec825149
 @torch.no_grad()
 def non_finite(
     model: nn.Module,  # any torch model
@@ -53,7 +53,7 @@ def load_weights(
         raise ValueError(f"{source} holds NaN or infinite values in {_listed(bad)}")
     return model
 
-# %% ../nbs/00_models.ipynb #5a852d3a
+# %% ../nbs/00_models.ipynb #0b86ff17
 def _locate(name: str) -> str:
     "The local directory or hub id of a model. Raises `ValueError` for a directory that holds no model."
     source = str(EMBEDDED_MODELS[name]()) if name in EMBEDDED_MODELS else str(name)
@@ -65,7 +65,7 @@ def _locate(name: str) -> str:
         raise ValueError(f"no model {name!r}: the directory has no config.json")
     return source
 
-
+# %% ../nbs/00_models.ipynb #265e3aa2
 def _unreachable(name: str, source: str, error: OSError) -> str:
     "What to say of a model that could not be read."
     reason = str(error).splitlines()[0]
@@ -138,33 +138,34 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
                          "only Llama-shaped models can be pruned")
     return max(found, key=lambda item: len(item[1]))
 
-# %% ../nbs/00_models.ipynb #d4bda15d
+# %% ../nbs/00_models.ipynb #712d7199
 _PROJECTIONS = {
     "attn": (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj")),
     "mlp": (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")),
 }
 
-
+# %% ../nbs/00_models.ipynb #d4ea76ea
 def _not_linear(sublayer: nn.Module, names: tuple[str, ...]) -> list[str]:
     "Those of the names that are no linear layers of the sublayer."
     return [name for name in names if not isinstance(getattr(sublayer, name, None), nn.Linear)]
 
-
+# %% ../nbs/00_models.ipynb #0c7707b6
 def _projections(sublayer: nn.Module, kind: str) -> tuple[str, ...]:
     "Names of the linear layers of a sublayer; empty when it is not Llama-shaped."
     return next((names for names in _PROJECTIONS[kind] if not _not_linear(sublayer, names)), ())
 
-# %% ../nbs/00_models.ipynb #a4d3a355
+# %% ../nbs/00_models.ipynb #94056231
 # Normalisations: before attention, after attention, before the MLP, after the MLP.
 _NORM_ORDERS = (
     ("input_layernorm", None, "post_attention_layernorm", None),  # Llama and most others
     ("input_layernorm", "post_attention_layernorm",
      "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3
-    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
+    ("input_layernorm", "post_self_attn_layernorm",
+     "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2, EXAONE 4
 )
 
-
+# %% ../nbs/00_models.ipynb #3a398da4
 def norm_names(
     layer: nn.Module,  # a decoder layer, whole or already missing a sublayer
 ) -> dict[str, tuple[str | None, str | None]] | None:
@@ -177,12 +178,12 @@ def norm_names(
             return {"attn": order[:2], "mlp": order[2:]}
     return None
 
-# %% ../nbs/00_models.ipynb #b05500c7
+# %% ../nbs/00_models.ipynb #508a0795
 def _foreign(module: nn.Module, known: set[str]) -> list[str]:
     "Names of parameters that lie outside the known children."
     return sorted(name for name, _ in module.named_parameters() if name.split(".")[0] not in known)
 
-
+# %% ../nbs/00_models.ipynb #9b6efb5f
 def _layer_obstacle(layer: nn.Module) -> str | None:
     "Why no sublayer of the layer can be pruned, or None."
     kind, norms = type(layer).__name__, norm_names(layer)
@@ -200,7 +201,7 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
                 "set that probability to 0 in the configuration")
     return None
 
-# %% ../nbs/00_models.ipynb #d3087f84
+# %% ../nbs/00_models.ipynb #a82e50c0
 def _head_counts(attention: nn.Module) -> tuple[float, float, float]:
     "Query, key and value heads, by the sizes of the projections."
     size = attention.head_dim
@@ -210,7 +211,7 @@ def _head_counts(attention: nn.Module) -> tuple[float, float, float]:
         return query, shared, shared
     return tuple(getattr(attention, name).out_features / size for name in ("q_proj", "k_proj", "v_proj"))
 
-
+# %% ../nbs/00_models.ipynb #47172e99
 def _attention_obstacle(attention: nn.Module, projections: tuple[str, ...]) -> str | None:
     "Why the heads of an attention block cannot be removed one by one, or None."
     size, own = attention.head_dim, _foreign(attention, set(projections))
@@ -222,8 +223,8 @@ def _attention_obstacle(attention: nn.Module, projections: tuple[str, ...]) -> s
     n_heads, rest = divmod(attention.o_proj.in_features, size)
     query, key, value = _head_counts(attention)
     if rest or query != n_heads or key != value or key < 1 or n_heads % key:
-        return (f"its projections hold {query:g} query, {key:g} key and {value:g} value heads of size {size}, "
-                f"but o_proj reads {n_heads}; they must agree")
+        return (f"its projections hold {query:g} query, {key:g} key and {value:g} value heads "
+                f"of size {size}, but o_proj reads {n_heads}; they must agree")
     return None
 
 # %% ../nbs/00_models.ipynb #67f7b55b
@@ -252,7 +253,7 @@ def _obstacle(layer: nn.Module, kind: str) -> str | None:
     sublayer_obstacle = _attention_obstacle if kind == "attn" else _mlp_obstacle
     return _layer_obstacle(layer) or sublayer_obstacle(sublayer, projections)
 
-# %% ../nbs/00_models.ipynb #61a89c5d
+# %% ../nbs/00_models.ipynb #91f1b8ac
 def _unit(layer: nn.Module, index: int, kind: str, path: str) -> Unit:
     "The unit of a sublayer that has no obstacle."
     name = "self_attn" if kind == "attn" else "mlp"
@@ -266,7 +267,7 @@ def _unit(layer: nn.Module, index: int, kind: str, path: str) -> Unit:
         counts = dict(n_structures=n_heads, structure_size=size, n_kv_heads=n_kv_heads)
     return Unit(index, kind, f"{path}.{name}", norm, **counts, post_norm=post[0] if post else "")
 
-
+# %% ../nbs/00_models.ipynb #0e558fad
 def find_units(
     model: nn.Module,  # a causal LM, on any device (meta too)
 ) -> tuple[list[Unit], dict[str, str]]:
@@ -302,7 +303,7 @@ def model_fingerprint(
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
-# %% ../nbs/00_models.ipynb #87ec8db2
+# %% ../nbs/00_models.ipynb #ab16cd18
 def _expand_smollm2(directory: Path) -> None:
     "Write SmolLM2 as a plain checkpoint (bfloat16), from the quantised GGUF file."
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -318,7 +319,7 @@ def _expand_smollm2(directory: Path) -> None:
     plain.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
 
-
+# %% ../nbs/00_models.ipynb #4edb84be
 EMBEDDED_MODELS = {  # name → function that returns the checkpoint's directory
     "tiny": lambda: Path(str(files("evoprune_nb") / "tiny")),
     "smollm2-135m": lambda: cached("smollm2-135m", _expand_smollm2),

@@ -22,6 +22,7 @@ import torch
 
 from ..candidates import materialize
 from ..config import SearchConfig
+from ..data import begin_tokens
 from ..genome import Genome
 from ..judge.unit_latency import measure_unit_latency
 from ..latency_table import with_latency
@@ -261,11 +262,11 @@ def continue_prompt(
     n_tokens: int = 40,  # at most so many new tokens
 ) -> str:
     "The model's greedy continuation."
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = [*begin_tokens(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    ids = torch.tensor([tokens], device=model.device)
     options = dict(max_new_tokens=n_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
-        written = model.generate(input_ids=ids, attention_mask=mask, **options)
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/ui/02a_session.ipynb #07ea498b
