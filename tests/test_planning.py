@@ -56,7 +56,7 @@ def test_bytes_of_tiny(corpus, tmp_path, dtype):
 def test_bytes_of_the_head(monkeypatch, device):
     "The loss holds a cache full of logits in float32 at a time on a CPU; elsewhere all rows of a chunk, done that way here."
     if device != "cpu":
-        monkeypatch.setattr(training, "cached_rows", len)
+        monkeypatch.setattr(losses, "cached_rows", len)
     hidden, weight = (torch.randn(rows, 32, dtype=torch.bfloat16, requires_grad=True) for rows in (512, 32768))
     measured = peak_of_tensors(lambda: losses._HeadLoss.apply(hidden, weight, torch.zeros(512, dtype=torch.long), 1024))
     assert head_bytes(32768, 32, 2, 512, device=device) == pytest.approx(measured, rel=0.1)

@@ -3,7 +3,7 @@ import json
 import random
 
 import pytest
-from helpers import made_up, short_config, small_pools
+from helpers import by, made_up, short_config, small_pools
 
 from evoprune_nb.history import History
 from evoprune_nb.machine.files import write_json
@@ -12,7 +12,7 @@ from evoprune_nb.search import Search
 
 
 def search_in(run_dir, small, config=None) -> Search:
-    return Search(run_dir, *small, small_pools(), config or short_config(), made_up)
+    return Search(run_dir, *small, small_pools(), config or short_config(), by(made_up))
 
 
 @pytest.fixture(scope="module")
