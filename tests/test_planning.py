@@ -11,7 +11,8 @@ import torch
 import transformers
 from helpers import peak_of_tensors
 
-from evoprune_nb import losses, training
+from evoprune_nb import losses
+from evoprune_nb.machine.portions import part_size
 from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import load_pools
@@ -69,7 +70,7 @@ def test_plan_for_another_device():
     assert softmax_bytes(SEQ, torch.float32, "cuda") == 4 < softmax_bytes(SEQ, torch.float32)
     short = SearchConfig(stages=(Stage(1, 64, 64),), training=Training(batch_size=1))
     here, there = (plan("smollm2-135m", short, dtype="bfloat16", seq_len=64, device=Device("d", 10**12, 1e9, 1e9, device)).phases[1].memory_bytes for device in ("cpu", "cuda"))
-    assert there - here == 4 * (training.part_size("cuda") - training.part_size("cpu"))  # of so short a batch, the step takes more than the pass
+    assert there - here == 4 * (part_size("cuda") - part_size("cpu"))  # of so short a batch, the step takes more than the pass
 
 
 MEASURE = """

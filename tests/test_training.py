@@ -8,9 +8,10 @@ from helpers import FAMILIES, VOCABULARY, peak_of_tensors, random_blocks, small_
 from torch import nn
 
 from evoprune_nb import training
+from evoprune_nb.machine import portions
 from evoprune_nb.data import TokenPool
 from evoprune_nb.training import MasterOptimizer, Training, post_train, train
-from evoprune_nb.losses import final_hidden, head_is_linear, next_token_loss
+from evoprune_nb.losses import head_is_linear, next_token_loss
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith(("llama", "qwen", "mistral"))])
@@ -174,10 +175,58 @@ def test_a_checkpoint_of_other_portions_is_refused(tmp_path, monkeypatch):
     blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
     train(small_model("llama-gqa"), blocks, checkpoint=path)
     before = path.read_bytes()
-    monkeypatch.setattr(training, "PART", 1000)
+    monkeypatch.setattr(portions, "PART", 1000)
     with pytest.raises(ValueError, match="checkpoint of another training"):
         train(small_model("llama-gqa"), blocks, checkpoint=path)
     assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def interrupted_checkpoint(tmp_path_factory):
+    "Bytes of the checkpoint of a training that was interrupted, and its blocks."
+    blocks, path = random_blocks(8, 12), tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
+    train(small_model("llama-gqa"), blocks[:4], Training(batch_size=2), checkpoint=path)
+    return path.read_bytes(), blocks[:4]
+
+
+@pytest.mark.parametrize("share", [i / 40 for i in range(40)] + [0.9999])
+def test_a_damaged_checkpoint_is_refused_by_name(interrupted_checkpoint, tmp_path, share):
+    "A flipped bit anywhere, in tensors, losses or header, and a file cut short: an error that names the file; the model keeps its weights."
+    content, blocks = interrupted_checkpoint
+    path, at = tmp_path / "checkpoint.safetensors", int(share * len(content))
+    flipped = bytearray(content)
+    flipped[at] ^= 1 << at % 7
+    for damaged in (flipped, content[:at]):
+        path.write_bytes(damaged)
+        model = small_model("llama-gqa")
+        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged"):
+            train(model, blocks, Training(batch_size=2), checkpoint=path)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_model("llama-gqa").parameters()))
+
+
+@pytest.mark.parametrize("at", [40, 200, 400, 700])
+def test_a_damaged_header_is_refused_by_name(interrupted_checkpoint, tmp_path, at):
+    "The header tells names, places, losses and tokens."
+    test_a_damaged_checkpoint_is_refused_by_name(interrupted_checkpoint, tmp_path, at / len(interrupted_checkpoint[0]))
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
+    "It has no hash; a new one that lost its own does not pass for it."
+    from safetensors.torch import save_file
+
+    blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
+    model = small_model("llama-gqa")
+    result = train(model, blocks, checkpoint=path)
+    with training.safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    del about["sha256"]
+    save_file(tensors, path, metadata=about)
+    again = small_model("llama-gqa")
+    assert train(again, blocks, checkpoint=path) == result
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    save_file(tensors, path, metadata=about | {"sha257": "0"})
+    with pytest.raises(ValueError, match="is damaged"):
+        train(again, blocks, checkpoint=path)
 
 
 def test_finished_training_is_not_repeated(tmp_path):

@@ -31,7 +31,8 @@ from ..losses import CHUNK
 from ..evaluator import SCORING_BATCH, SHARED_CHUNKS
 from ..selection import Stage, check_text
 from ..config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
-from ..training import Training, part_size, works_by_element
+from ..machine.portions import part_size, works_by_element
+from ..training import Training
 from ..losses import cached_rows
 
 # %% ../../nbs/paper/01_planning.ipynb #c099ca8d
