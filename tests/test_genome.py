@@ -7,7 +7,7 @@ from helpers import small_model, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evoprune_nb.genome import Genome, Space, equal_levels, level_grid, load_genome, make_space, save_genome
+from evoprune_nb.genome import Genome, Space, equal_levels, level_grid, make_space
 from evoprune_nb.models import prunable_units
 
 rows = st.lists(st.integers(0, 35), max_size=50).map(tuple)
@@ -59,6 +59,14 @@ def test_grids(n_structures, levels):
     assert equal_levels(n_structures) == levels
 
 
+def test_the_finest_grid_has_a_code(model):
+    "The most levels that a grid may have, the genome's code can say."
+    grid = level_grid(prunable_units(model), n_levels=35)
+    space = make_space(model, prunable_units(model), grid)
+    genome = space.genome([len(levels) - 1 for levels in grid])
+    assert max(map(len, grid)) == 36 and space.check(Genome.parse(genome.code)) == genome
+
+
 @given(st.integers(1, 20_000), st.integers(2, 30))
 def test_grids_rise_evenly_from_nothing_to_all(n_structures, n_levels):
     "Every grid starts dense, ends empty, rises strictly, and stays within a rounding step of equal steps."
@@ -77,7 +85,8 @@ def test_head_modes_step_in_query_heads(model, heads, step):
 
 @pytest.mark.parametrize("options, message", [
     (dict(heads="both"), "free, query, group"), (dict(n_levels=1), "at least 2"), (dict(custom={"mlp": [1, 80]}), "mlp.00.*start at 0"),
-    (dict(custom={"mlp": [0, 81]}), "at most 80"), (dict(custom={"attn": [0, 4, 2]}), "rise"), (dict(heads="group", custom={"attn": [0, 2]}), "steps of 3 heads")])
+    (dict(custom={"mlp": [0, 81]}), "at most 80"), (dict(custom={"attn": [0, 4, 2]}), "rise"), (dict(heads="group", custom={"attn": [0, 2]}), "steps of 3 heads"),
+    (dict(n_levels=36), "mlp.00 would have 37 levels.*at most 36"), (dict(custom={"mlp": range(37)}), "at most 36"), (dict(custom={"mpl": [0, 80]}), "grid for mpl")])
 def test_impossible_grids_say_what_would_be_possible(model, options, message):
     "A grid a unit cannot have is an error that names the unit's limits."
     with pytest.raises(ValueError, match=message):
@@ -93,17 +102,6 @@ def test_dense_costs_are_the_models_own(family):
     owned = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     assert space.n_params(space.genome([0] * 6)) == space.dense_params == sum(p.numel() for p in model.parameters())
     assert space.n_params(space.genome([len(levels) - 1 for levels in space.removed])) == space.smallest_params == space.dense_params - owned
-
-
-def test_saved_genome_is_refused_by_another_space(model, space, tmp_path):
-    "A genome file opens in its own space only; another model or grid is named in the error."
-    genome, path = space.genome([1, 2, 3, 4, 5, 6]), tmp_path / "genome.json"
-    save_genome(genome, space, path)
-    assert load_genome(path, space) == genome and json.loads(path.read_text())["params"] == space.n_params(genome)
-    other_grid = make_space(model, space.units, level_grid(space.units, "query"), fingerprint="qwen3")
-    for other, what in ((other_grid, "space"), (dataclasses.replace(space, model="llama"), "model")):
-        with pytest.raises(ValueError, match=f"another {what}"):
-            load_genome(path, other)
 
 
 @pytest.mark.parametrize("genome, message", [(Genome((0,), (0,)), "1 attention and 1 MLP levels, but the model has 3 and 3"), (Genome((0, 0, 9), (0, 0, 0)), "attn.02 at level 9")])
