@@ -23,25 +23,27 @@ MEASURES = {  # name → unit of measurement
 CONTEXT_TOKENS = 2048  # default length of the context, for the measures that depend on it
 
 # %% ../nbs/02_costs.ipynb #b8093172
-def _remaining(
-    model: nn.Module,  # the dense model
-    unit: Unit,  # one of its units
-    kept: int,  # structures kept
-    kv_kept: int,  # key/value heads kept (attention only)
-) -> Iterator[tuple[int, int]]:
+def _share(unit: Unit, name: str, kept: int, kv_kept: int) -> tuple[int, int]:
+    "The part of a parameter that remains, as a fraction."
+    part, _, which = name.rpartition(".")
+    if part in ("q_proj", "gate_proj", "up_proj", "gate_up_proj"):
+        return kept, unit.n_structures
+    if part in ("o_proj", "down_proj") and which == "weight":
+        return kept, unit.n_structures
+    if part in ("k_proj", "v_proj"):
+        return kv_kept, unit.n_kv_heads
+    if part == "qkv_proj":
+        return kept + 2 * kv_kept, unit.n_structures + 2 * unit.n_kv_heads
+    return 1, 1  # output biases and query/key norms stay as long as anything does
+
+
+def _remaining(model: nn.Module, unit: Unit, kept: int, kv_kept: int) -> Iterator[tuple[int, int]]:
     "Dimensions of each parameter of a sublayer and the elements of it that remain."
     for name, parameter in model.get_submodule(unit.module).named_parameters():
-        part, _, which = name.rpartition(".")
-        share = (1, 1)  # output biases and query/key norms do not shrink
-        if part in ("q_proj", "gate_proj", "up_proj", "gate_up_proj") or (part in ("o_proj", "down_proj") and which == "weight"):
-            share = kept, unit.n_structures
-        elif part in ("k_proj", "v_proj"):
-            share = kv_kept, unit.n_kv_heads
-        elif part == "qkv_proj":
-            share = kept + 2 * kv_kept, unit.n_structures + 2 * unit.n_kv_heads
-        yield parameter.ndim, parameter.numel() * share[0] // share[1]
+        part, whole = _share(unit, name, kept, kv_kept)
+        yield parameter.ndim, parameter.numel() * part // whole
 
-
+# %% ../nbs/02_costs.ipynb #45a11037
 def unit_params(
     model: nn.Module,  # the dense model
     unit: Unit,  # one of its units
@@ -51,7 +53,7 @@ def unit_params(
     "Parameters of a unit with so many structures kept, its normalisations included; 0 when nothing is kept."
     if kept == 0:
         return 0
-    norms = sum(parameter.numel() for norm in unit.norms for parameter in model.get_submodule(norm).parameters())
+    norms = sum(p.numel() for norm in unit.norms for p in model.get_submodule(norm).parameters())
     return norms + sum(numel for _, numel in _remaining(model, unit, kept, kv_kept))
 
 # %% ../nbs/02_costs.ipynb #4203673c
@@ -79,10 +81,17 @@ def unit_flops(
         return 0
     flops = 2 * sum(numel for ndim, numel in _remaining(model, unit, kept, kv_kept) if ndim == 2)
     if unit.kind == "attn":
-        flops += 4 * kept * unit.structure_size * min(context_tokens, attention_window(model, unit.layer) or context_tokens)
+        visible = min(context_tokens, attention_window(model, unit.layer) or context_tokens)
+        flops += 4 * kept * unit.structure_size * visible
     return flops
 
 # %% ../nbs/02_costs.ipynb #4e5655d9
+def _cached_tokens(model: nn.Module, layer: int, context_tokens: int) -> int:
+    "Tokens of a context that a layer's cache holds."
+    window = attention_window(model, layer)
+    return context_tokens if window is None or context_tokens < window else window - 1
+
+
 def unit_kv_bytes(
     model: nn.Module,  # the dense model
     unit: Unit,  # one of its units
@@ -91,8 +100,8 @@ def unit_kv_bytes(
 ) -> float:
     "Bytes of key/value cache per token of context, in the model's dtype."
     per_token = 2 * kv_kept * unit.structure_size * model.dtype.itemsize
-    window = attention_window(model, unit.layer)
-    return per_token if window is None or context_tokens < window else per_token * (window - 1) / context_tokens
+    cached = _cached_tokens(model, unit.layer, context_tokens)
+    return per_token if cached == context_tokens else per_token * cached / context_tokens
 
 # %% ../nbs/02_costs.ipynb #b9954744
 def unit_costs(
@@ -114,16 +123,33 @@ def _unprunable(model: nn.Module, units: Sequence[Unit]) -> list[tuple[int, str,
     "Layer, name and module of the sublayers with matrices in them that are no units."
     known = {unit.module for unit in units}
     path, layers = decoder_layers(model)
-    children = [(index, name, module) for index, layer in enumerate(layers) for name, module in layer.named_children()]
-    return [(i, name, module) for i, name, module in children if f"{path}.{i}.{name}" not in known and any(p.ndim > 1 for p in module.parameters())]
+    return [
+        (index, name, module)
+        for index, layer in enumerate(layers) for name, module in layer.named_children()
+        if f"{path}.{index}.{name}" not in known and any(p.ndim > 1 for p in module.parameters())]
 
 
 def _is_countable(name: str, module: nn.Module) -> bool:
     "Whether a sublayer's arithmetic and cache follow from its linear layers: plain attention or a plain MLP."
     matrices = sum(p.numel() for p in module.parameters() if p.ndim > 1)
     linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-    plain = linear == matrices and not any(isinstance(m, nn.ModuleList) for m in module.modules())
-    return plain and (name == "mlp" or (name == "self_attn" and all(isinstance(getattr(module, part, None), nn.Linear) for part in ("q_proj", "k_proj", "v_proj"))))
+    if linear != matrices or any(isinstance(m, nn.ModuleList) for m in module.modules()):
+        return False
+    projections = [getattr(module, part, None) for part in ("q_proj", "k_proj", "v_proj")]
+    return name == "mlp" or name == "self_attn" and all(isinstance(p, nn.Linear) for p in projections)
+
+# %% ../nbs/02_costs.ipynb #2937dcc4
+def _fixed_attention(
+    model: nn.Module, layer: int, attention: nn.Module, context_tokens: int
+) -> dict[str, float]:
+    "FLOPs of the scores, and bytes of cache, of an attention block that cannot be pruned."
+    visible = min(context_tokens, attention_window(model, layer) or context_tokens)
+    cached = _cached_tokens(model, layer, context_tokens)
+    width = attention.k_proj.out_features + attention.v_proj.out_features
+    return {
+        "flops": 4 * attention.q_proj.out_features * visible,
+        "kv_bytes": width * model.dtype.itemsize * cached / context_tokens,
+    }
 
 
 def fixed_costs(
@@ -131,19 +157,17 @@ def fixed_costs(
     units: Sequence[Unit],  # its prunable units
     context_tokens: int = CONTEXT_TOKENS,  # length of the context
 ) -> dict[str, float]:
-    "Cost of everything that is no unit; without `flops` and `kv_bytes` when a sublayer is of an unknown kind."
+    "Cost of everything that is no unit; only `params` when a sublayer is of an unknown kind."
     in_units = sum(unit_params(model, unit, unit.n_structures, unit.n_kv_heads) for unit in units)
     fixed = {"params": sum(p.numel() for p in model.parameters()) - in_units}
     rest = _unprunable(model, units)
     if not all(_is_countable(name, module) for _, name, module in rest):
         return fixed
     inside = {id(m) for unit in units for m in model.get_submodule(unit.module).modules()}
-    fixed["flops"] = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside)
-    fixed["kv_bytes"] = 0
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    fixed |= {"flops": 2 * sum(m.weight.numel() for m in linear), "kv_bytes": 0}
     for layer, name, module in rest:
         if name == "self_attn":
-            window = attention_window(model, layer)
-            fixed["flops"] += 4 * module.q_proj.out_features * min(context_tokens, window or context_tokens)
-            cached = context_tokens if window is None or context_tokens < window else window - 1
-            fixed["kv_bytes"] += (module.k_proj.out_features + module.v_proj.out_features) * model.dtype.itemsize * cached / context_tokens
+            for measure, cost in _fixed_attention(model, layer, module, context_tokens).items():
+                fixed[measure] += cost
     return fixed
