@@ -38,7 +38,7 @@ def steered(small, tmp_path_factory):
     search.send({"command": "set", "setting": "sparsity", "value": 0.4, "when": "now"})
     steps(search, 12)
     with search.driving():
-        search.apply({"command": "inject", "genome": search.start.code, "when": "next"})  # of the old size by now
+        search.engine.apply({"command": "inject", "genome": search.start.code, "when": "next"})  # of the old size by now
     search.send({"command": "branch", "generation": 1})
     search.send({"command": "set", "setting": "offspring", "value": 5})
     while (search.position.branch, search.generation) != (1, 3):

@@ -70,10 +70,10 @@ def steered(run_dir, small, script: dict[int, list[dict]]) -> Search:
     worker = Worker(search)
     for command in script.get(0, []):
         send(command)
-    while not search.finished or search._queue:
+    while not search.finished or search.queue.waiting:
         worker.start()
         while not worker.join(0):
-            if worker.wait("paused", "finished", "failed", "stopped", timeout=0.05) and worker.status == "paused" and not search._queue:
+            if worker.wait("paused", "finished", "failed", "stopped", timeout=0.05) and worker.status == "paused" and not search.queue.waiting:
                 send({"command": "resume"})
         assert worker.status != "failed" or "MutationError" in worker.error or "fit" in worker.error or "AllDisqualified" in worker.error, worker.error
         if worker.status == "failed" and "AllDisqualified" in worker.error:

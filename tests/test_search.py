@@ -123,7 +123,7 @@ def test_evaluated_side_by_side_the_search_is_the_same(small, tmp_path, warm_sta
             if i == 3:
                 search.send(command)
             if i == cut_at:
-                search._halt()
+                search.engine.evaluations.close()
                 search = begun()
             search.step()
         return search.run(progress=False)
@@ -199,13 +199,13 @@ def test_killed_before_anything_was_written_whole(small, faked, tmp_path):
     assert json.loads((copy / "state.json").read_text())["status"] == "finished"
 
 
-def test_a_finished_run_is_not_searched_again(small, real):
+def test_a_finished_run_is_not_searched_again(small, real, monkeypatch):
     "Reopened, a finished run gives its winner without an evaluation, and its files stay as they are (but for time and memory in state.json)."
     run_dir, winner = real
     files = lambda: {path.name: path.read_bytes() if path.name != "state.json" else json.loads(path.read_text()) | {"time": 0, "memory_bytes": 0} for path in run_dir.iterdir()}
     before = files()
     search = search_in(run_dir, small, short_config(heldout_tokens=64), evaluator=by(unexpected))
-    search._heldout_loss = unexpected
+    monkeypatch.setattr(search_module, "heldout_loss", unexpected)
     assert search.run(progress=False) == winner and search.finished and search.step() is None
     assert files() == before
 
@@ -340,7 +340,7 @@ def test_every_evaluated_genome_keeps_the_budget(small, tmp_path, changes):
     search = fake_search(tmp_path / "run", small, config)
     search.run(progress=False)
     codes, target = set(History(tmp_path / "run").evaluations.genome), search.budget.limits["params"]
-    assert target == (config.params or search.space.n_params(search.start)) and len(codes) > 10
+    assert target == (config.target.params or search.space.n_params(search.start)) and len(codes) > 10
     for code in codes:
         n_params = sum(p.numel() for p in materialize(*small, Genome.parse(code), trainable=False).parameters())
         assert target * (1 - config.target.tolerance) <= n_params <= target

@@ -322,8 +322,8 @@ def test_what_no_longer_holds_when_it_is_applied_is_logged_as_refused(small, tmp
     search = fake(tmp_path / "run", small)
     mine = make_offspring(search.start, search.space, search.budget, 1, search_rng(5))[0]
     with search.driving():
-        search.apply(set_("sparsity", 0.3))
-        row = search.apply({"command": "inject", "genome": mine.code, "when": "next"})
+        search.engine.apply(set_("sparsity", 0.3))
+        row = search.engine.apply({"command": "inject", "genome": mine.code, "when": "next"})
     assert "the budget is" in row["refused"]
     search.run(progress=False)
     history = History(tmp_path / "run")
@@ -464,7 +464,7 @@ def test_steering_reaches_a_custom_evaluator(small, tmp_path):
     steps(search, 3)
     n, before = len(asked), asked[-1]
     assert asked[1][1:4] == (1e-3, "kl", 0) and asked[3][0] == (Stage(1, 0, 16),) and asked[3][1:4] == (0.01, "perplexity", 0)
-    assert before[3] == search._seed(1) != 0
+    assert before[3] == search.inputs.seed(1) != 0
     resumed = Search(tmp_path / "run", *small, small_pools(), short_config(generations=2), make)
     while len(asked) == n:
         resumed.step()

@@ -16,6 +16,7 @@ from evoprune_nb.history import History
 from evoprune_nb.mutation import MutationError
 from evoprune_nb.machine.lock import DirectoryLock, DirectoryBusy
 from evoprune_nb.runlog import read_state
+from evoprune_nb import search as search_module
 from evoprune_nb.search import Search
 from evoprune_nb.ui.worker import Worker, worker_of
 
@@ -210,17 +211,17 @@ def test_a_failure_ends_the_thread_not_the_process(small, tmp_path):
     assert events(tmp_path / "run") == events(tmp_path / "plain")
 
 
-def test_a_generation_that_cannot_begin_fails_and_can_be_helped(small, tmp_path):
+def test_a_generation_that_cannot_begin_fails_and_can_be_helped(small, tmp_path, monkeypatch):
     "Offspring that cannot be found, and no command's check foresaw it: the run fails, and a command sent then is applied before the next try."
     search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
-    original = search._offspring
+    original = search_module.mutants
 
-    def offspring(parent, position):
+    def mutants(inputs, parent, position):
         if position.generation == 1 and position.rules.max_swaps > 1:
             raise MutationError("only 0 of 4 distinct offspring")
-        return original(parent, position)
+        return original(inputs, parent, position)
 
-    search._offspring = offspring
+    monkeypatch.setattr(search_module, "mutants", mutants)
     worker = Worker(search).start()
     assert worker.join(PATIENCE) and worker.status == "failed" and "distinct offspring" in worker.error
     worker.send({"command": "set", "setting": "max_swaps", "value": 1})
@@ -284,7 +285,7 @@ def test_interrupting_a_paused_run(small, tmp_path):
     "Ctrl-C while `run` waits in a pause leaves a stopped run that goes on later."
     search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
     search.send({"command": "pause"})
-    search._mail.wait_for = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    search.queue.wait = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         search.run(progress=False)
     assert search.status == "stopped" and read_state(tmp_path / "run")["status"] == "stopped"
@@ -300,7 +301,7 @@ from evoprune_nb.search import Search
 from evoprune_nb.ui.worker import Worker
 model = small_model("llama-gqa")
 search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(n_jobs=2))
-evaluate, search._evaluator.evaluate = search._evaluator.evaluate, lambda *task: time.sleep(1) or evaluate(*task)
+evaluate, search.engine.evaluations.evaluator.evaluate = search.engine.evaluations.evaluator.evaluate, lambda *task: time.sleep(1) or evaluate(*task)
 Worker(search).start()
 time.sleep(0.5)
 """
