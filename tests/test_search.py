@@ -554,7 +554,7 @@ def test_a_disk_that_fills_up_for_real(small, faked, tmp_path):
 
 def test_wrong_arguments_do_not_claim_the_directory(small, tmp_path):
     "After a call that is refused, whatever is wrong with it, the corrected one is taken."
-    for wrong in (dict(source={"text": object()}), dict(config=short_config(sparsity=1.2)), dict(pools={}), dict(config=short_config(heldout_tokens=10**6))):
+    for wrong in (dict(source={"text": object()}), dict(config=short_config(sparsity=1.0)), dict(pools={}), dict(config=short_config(heldout_tokens=10**6))):
         with pytest.raises((ValueError, TypeError)):
             Search(tmp_path / "run", *small, **{"pools": small_pools(), "config": short_config(), **wrong})
         assert not (tmp_path / "run").exists()
