@@ -24,7 +24,7 @@ from ..machine.device import provenance
 from ..machine.files import sha256_file, write_text
 from .drawing import Figure, save_figure
 
-# %% ../../nbs/paper/02_experiments.ipynb #c7e645ae
+# %% ../../nbs/paper/02_experiments.ipynb #e6a25c5b
 _TYPES = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
 
 
@@ -35,7 +35,7 @@ class ParameterError(ValueError):
 def notebook_parameters(
     notebook: str | Path,  # an experiment notebook
 ) -> dict[str, dict]:
-    "Parameters by name: type, default and help. Raises `ParameterError` for one that is declared without a type."
+    "Parameters by name: type, default and help. Raises `ParameterError` for one without a type."
     from papermill import inspect_notebook
 
     if not Path(notebook).is_file():
@@ -43,11 +43,12 @@ def notebook_parameters(
     found = inspect_notebook(str(notebook))
     for name, row in found.items():
         if row["inferred_type_name"] not in _TYPES:
-            raise ParameterError(f"{notebook}: parameter {name!r} needs a declared type ({', '.join(_TYPES)})")
+            raise ParameterError(
+                f"{notebook}: parameter {name!r} needs a declared type ({', '.join(_TYPES)})")
     return {name: {"type": row["inferred_type_name"], "default": row["default"], "help": row["help"]}
             for name, row in found.items()}
 
-# %% ../../nbs/paper/02_experiments.ipynb #f80f5b81
+# %% ../../nbs/paper/02_experiments.ipynb #5459db47
 def _typed(
     name: str,  # of the parameter
     value: object,  # given
@@ -61,14 +62,17 @@ def _typed(
             if kind == "float" and isinstance(value, str):  # YAML reads 1e-4 as a string
                 value = float(value)
         except yaml.YAMLError as error:
-            raise ParameterError(f"parameter {name} must be of type {kind}; {value!r} cannot be read") from error
+            raise ParameterError(
+                f"parameter {name} must be of type {kind}; {value!r} cannot be read"
+            ) from error
         except ValueError:
             pass  # not a number: refused below
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise ParameterError(f"parameter {name} must be of type {kind}; got {value!r} ({help or 'no description'})")
+        raise ParameterError(
+            f"parameter {name} must be of type {kind}; got {value!r} ({help or 'no description'})")
     return float(value) if kind == "float" else value
 
-# %% ../../nbs/paper/02_experiments.ipynb #06df4565
+# %% ../../nbs/paper/02_experiments.ipynb #c6dac831
 def check_parameters(
     notebook: str | Path,  # an experiment notebook
     given: dict[str, object],  # parameter values; strings are read as YAML where another type is declared
@@ -80,9 +84,10 @@ def check_parameters(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ParameterError(f"{Path(notebook).name} has no parameter {name!r}; {hint}")
-    return {name: _typed(name, value, known[name]["type"], known[name]["help"]) for name, value in given.items()}
+    return {
+        name: _typed(name, value, known[name]["type"], known[name]["help"]) for name, value in given.items()}
 
-# %% ../../nbs/paper/02_experiments.ipynb #267db60f
+# %% ../../nbs/paper/02_experiments.ipynb #da660324
 class Report:
     "The directory that one experiment writes."
 
@@ -113,7 +118,9 @@ class Report:
     def finish(self, results: dict, summary: str = "") -> None:
         "Write `results.json` and put the figures in place; the command line prints the summary at the end."
         seconds, now = round(time.time() - self.start, 1), time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        row = {"summary": summary, "results": results, "parameters": self.parameters, "provenance": self.provenance}
+        row = {
+            "summary": summary, "results": results, "parameters": self.parameters,
+            "provenance": self.provenance}
         row |= {"finished": now, "wall_seconds": seconds}
         write_text(self.directory / "results.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
         shutil.rmtree(self.directory / "figures", ignore_errors=True)
@@ -124,10 +131,13 @@ def file_hash(path: str | Path) -> str:
     "16 hex digits (SHA-256) of a data file, for provenance; empty for sources that are not a file."
     return sha256_file(path)[:16] if Path(path).is_file() else ""
 
-# %% ../../nbs/paper/02_experiments.ipynb #8bc9e0b0
+# %% ../../nbs/paper/02_experiments.ipynb #a5a3533d
 def _as_text(value: object) -> str:
     "A number with its thousands separated; anything else as it is."
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.2f}"
+        if isinstance(value, float)
+        else f"{value:,}" if isinstance(value, int) else str(value))
 
 
 def text_table(
@@ -141,9 +151,9 @@ def text_table(
         columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
-# %% ../../nbs/paper/02_experiments.ipynb #9bb90c8a
+# %% ../../nbs/paper/02_experiments.ipynb #651c5111
 def _is_progress(output: dict) -> bool:
-    "Whether an output is (a piece of) a progress bar: text that moves the cursor or is blank, or a live widget."
+    "Whether an output is part of a progress bar: text that moves the cursor or is blank, or a live widget."
     if output.get("name") == "stderr":
         return "\r" in output["text"] or not output["text"].replace("\x1b[A", "").strip()
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
@@ -188,7 +198,7 @@ def _one_region() -> Iterator[None]:
         if not given:
             del os.environ["MALLOC_ARENA_MAX"]
 
-# %% ../../nbs/paper/02_experiments.ipynb #7b868472
+# %% ../../nbs/paper/02_experiments.ipynb #81670b84
 def run_experiment(
     notebook: str | Path,  # an experiment notebook
     parameters: dict[str, object] | None = None,  # values other than the defaults
@@ -196,7 +206,7 @@ def run_experiment(
     reports: str | Path = "reports",  # parent directory of reports
     quiet: bool = False,  # do not pass progress through to the terminal
 ) -> Path:
-    "Run an experiment and return its report directory. Parameters are checked first; a run directory is resumed."
+    "Run an experiment and return its report directory. Parameters are checked first."
     import nbformat
     from papermill import execute_notebook
 
@@ -209,7 +219,8 @@ def run_experiment(
     executed, running = directory / "notebook.ipynb", directory / "running.ipynb"
     streams = {} if quiet else {"stderr_file": sys.stderr, "stdout_file": sys.stdout}
     with _one_region():
-        execute_notebook(str(notebook), str(running), checked, kernel_name="python3", progress_bar=False, **streams)
+        execute_notebook(
+            str(notebook), str(running), checked, kernel_name="python3", progress_bar=False, **streams)
     node = nbformat.read(running, as_version=4)
     _drop_progress(node)
     nbformat.write(node, executed)

@@ -23,11 +23,11 @@ from ..history import History
 from .drawing import (
     BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, Figure, Theme, empty_figure, find_theme, paint, plain)
 
-# %% ../../nbs/paper/00a_figures.ipynb #66c5e225
+# %% ../../nbs/paper/00a_figures.ipynb #ba85abeb
 def _against_parent(
     rows: pd.DataFrame,  # evaluations of one generation
 ) -> pd.Series:
-    "Fitness as a multiple of the parent's on the same text; of the best so far while the parent is not scored."
+    "Fitness as a multiple of the parent's on the same text; of the best's until the parent is scored."
     last = rows[(rows.stage == rows.stage.max()) & rows.fitness.notna()].sort_values("fitness")
     parent, offspring = last[last.is_parent].fitness, last[~last.is_parent]
     if last.empty:
@@ -37,16 +37,17 @@ def _against_parent(
     of_link = rows[rows.genome == link.genome].set_index("stage").fitness
     return factor * rows.fitness / rows.stage.map(of_link)
 
-# %% ../../nbs/paper/00a_figures.ipynb #5ce9c700
+# %% ../../nbs/paper/00a_figures.ipynb #5626007c
 def _level_before(levels: dict[tuple[int, int], float], branch: int, generation: int) -> float:
     "The level of a generation's parent: on the same branch, or on the one it left; 1 at the start."
-    return next((levels[b, generation - 1] for b in range(branch, -1, -1) if (b, generation - 1) in levels), 1.0)
+    return next(
+        (levels[b, generation - 1] for b in range(branch, -1, -1) if (b, generation - 1) in levels), 1.0)
 
 
 def relative_fitness(
     history: History,  # of a run
 ) -> pd.DataFrame:
-    "Evaluations with `change`: percent of fitness above (negative: below) the start, compared on the same text."
+    "Evaluations with `change`: percent above (negative: below) the start's fitness, on the same text."
     frame, levels = history.evaluations.assign(change=np.nan), {}
     winners = {(row.branch, row.generation): row.genome for row in history.survivors.itertuples()}
     for where, rows in frame.groupby(["branch", "generation"]):
@@ -72,7 +73,7 @@ def _is_on_line(history: History, frame: pd.DataFrame) -> pd.Series:
     on_line = [key in line for key in zip(frame.branch, frame.generation)]
     return pd.Series(on_line, index=frame.index, dtype=bool)
 
-# %% ../../nbs/paper/00a_figures.ipynb #dcd739a2
+# %% ../../nbs/paper/00a_figures.ipynb #68f7f417
 def _draw_fallen(axes, history: History, last: pd.DataFrame) -> None:
     "Candidates that fell, by stage."
     fell = last[last.survived.eq(False)]
@@ -82,8 +83,9 @@ def _draw_fallen(axes, history: History, last: pd.DataFrame) -> None:
         for on, alpha, name in ((True, 0.8, f"fell in stage {stage + 1}"), (False, 0.25, None)):
             part = group[here[group.index] == on]
             if len(part):
-                axes.scatter(part.generation + 1, part.y, s=26, color=color, marker=marker, alpha=alpha, linewidths=1.2,
-                             label=name, rasterized=len(fell) > 1500)
+                axes.scatter(
+                    part.generation + 1, part.y, s=26, color=color, marker=marker, alpha=alpha,
+                    linewidths=1.2, label=name, rasterized=len(fell) > 1500)
 
 
 def _draw_waiting(axes, history: History, last: pd.DataFrame, theme: Theme) -> None:
@@ -92,26 +94,32 @@ def _draw_waiting(axes, history: History, last: pd.DataFrame, theme: Theme) -> N
     is_open = np.array([key not in done for key in zip(last.branch, last.generation)], dtype=bool)
     part = last[is_open & ~last.survived.eq(False)]
     if len(part):
-        axes.scatter(part.generation + 1, part.y, s=30, facecolors="none", edgecolors=theme.ink, marker="o", label="still in")
+        axes.scatter(
+            part.generation + 1, part.y, s=30, facecolors="none", edgecolors=theme.ink, marker="o",
+            label="still in")
 
 
 def _mark_disqualified(axes, generations: Iterable[int]) -> None:
     "A word at the top of each generation that lost a candidate to a broken evaluation."
     for generation in generations:
-        axes.annotate("disqualified", (generation + 1, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top",
-                      ha="center", color=VERMILLION, fontsize=8)
+        axes.annotate(
+            "disqualified", (generation + 1, 0.98), xycoords=("data", "axes fraction"), rotation=90,
+            va="top", ha="center", color=VERMILLION, fontsize=8)
 
-# %% ../../nbs/paper/00a_figures.ipynb #8c70d68c
-def _draw_survivors(axes, history: History, survivors: pd.DataFrame, label: str | None, size: float = 6) -> None:
-    "Survivors joined along the present line, and those of branches that were left, pale. `y` is what is drawn."
+# %% ../../nbs/paper/00a_figures.ipynb #352a2b71
+def _draw_survivors(axes, history: History, survivors: pd.DataFrame, label: str | None, size: float = 6):
+    "Join survivors along the present line; branches that were left are pale. `y` is what is drawn."
     here = _is_on_line(history, survivors)
     for branch, group in survivors[~here].groupby("branch"):
-        axes.plot(group.generation + 1, group.y.astype(float), color=BLUE, marker="o", markersize=size, alpha=0.25,
-                  linestyle=":", label=f"left branch {branch}" if label else None)
+        axes.plot(
+            group.generation + 1, group.y.astype(float), color=BLUE, marker="o", markersize=size, alpha=0.25,
+            linestyle=":", label=f"left branch {branch}" if label else None)
     path = survivors[here].sort_values("generation")
-    axes.plot(path.generation + 1, path.y.astype(float), color=BLUE, marker="o", markersize=size, label=label, zorder=3)
+    axes.plot(
+        path.generation + 1, path.y.astype(float), color=BLUE, marker="o", markersize=size, label=label,
+        zorder=3)
 
-# %% ../../nbs/paper/00a_figures.ipynb #d0231ef2
+# %% ../../nbs/paper/00a_figures.ipynb #abed4f98
 def _steering(history: History) -> dict[float, str]:
     "Where the time axis is marked, and with what."
     marks: dict[float, list[str]] = {}
@@ -127,9 +135,10 @@ def _mark_steering(axes, marks: dict[float, str], theme: Theme) -> None:
         axes.axvline(x, color=theme.muted, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
         if len(marks) <= 12:
             words = plain(label if len(label) < 34 else label[:32] + "…")
-            axes.annotate(words, (x, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
-                          rotation=90, va="top", ha="right", color=theme.ink, fontsize=7.5, zorder=6,
-                          path_effects=[withStroke(linewidth=2.5, foreground=theme.paper)])
+            axes.annotate(
+                words, (x, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+                textcoords="offset points", rotation=90, va="top", ha="right", color=theme.ink, fontsize=7.5,
+                zorder=6, path_effects=[withStroke(linewidth=2.5, foreground=theme.paper)])
 
 # %% ../../nbs/paper/00a_figures.ipynb #b102c986
 VIEWS = ("relative", "raw", "log")
@@ -156,7 +165,7 @@ def _fitness_name(history: History, view: str) -> str:
         return f"{'KL to the dense model' if is_kl else 'perplexity'},\nchange since the start (%)"
     return "KL to the dense model (nats per token)" if is_kl else "perplexity"
 
-# %% ../../nbs/paper/00a_figures.ipynb #b1f5b29c
+# %% ../../nbs/paper/00a_figures.ipynb #47799101
 def _draw_heldout(axes, history: History) -> None:
     "Held-out perplexity of the survivors."
     frame = history.survivors.dropna(subset=["heldout_loss"])
@@ -175,11 +184,13 @@ def _draw_fitness(axes, history: History, view: str, theme: Theme) -> None:
     _draw_survivors(axes, history, survivors, "survivor")
     axes.set_ylabel(_fitness_name(history, view), fontsize=9)
     axes.set_yscale("log" if view == "log" else "linear")
-    axes.set_title(f"Fitness {'on the same text' if view == 'relative' else 'as scored'} (lower is better)", pad=24)
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False, handletextpad=0.4,
-                columnspacing=1.2)
+    axes.set_title(
+        f"Fitness {'on the same text' if view == 'relative' else 'as scored'} (lower is better)", pad=24)
+    axes.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False, handletextpad=0.4,
+        columnspacing=1.2)
 
-# %% ../../nbs/paper/00a_figures.ipynb #7242a37f
+# %% ../../nbs/paper/00a_figures.ipynb #686924a8
 def fitness_figure(
     history: History,  # of a run, finished or not
     view: str = "relative",  # a name in VIEWS; fitness that is not positive is always shown raw
@@ -188,7 +199,8 @@ def fitness_figure(
     "Fitness by generation: all candidates, where each fell, the survivors, and when someone steered."
     if view not in VIEWS:
         raise ValueError(f"view {view!r} is unknown; use one of {', '.join(VIEWS)}")
-    frame, colors, tracked = history.evaluations, find_theme(theme), history.survivors.heldout_loss.notna().any()
+    frame, colors, tracked = (
+        history.evaluations, find_theme(theme), history.survivors.heldout_loss.notna().any())
     if frame.empty:
         return empty_figure("no candidate has been evaluated yet", theme)
     view = "raw" if view == "relative" and (frame.fitness <= 0).any() else view
@@ -224,13 +236,14 @@ def _kept_table(genome: Genome, space: Space) -> tuple[np.ndarray, dict[tuple[in
         share[where], kept[where] = space.kept(i, level) / unit.n_structures, space.kept(i, level)
     return share, kept
 
-# %% ../../nbs/paper/00a_figures.ipynb #7eabc885
+# %% ../../nbs/paper/00a_figures.ipynb #863f38d9
 def _frame_cell(axes, row: int, column: int, more: bool) -> None:
     "A frame and a triangle: up where more is kept."
     corner = (column - 0.46, row - 0.46)
     axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=2.2, zorder=3))
-    axes.scatter([column + 0.3], [row - 0.3], marker="^" if more else "v", s=34, color="white", edgecolors=VERMILLION,
-                 linewidths=1.2, zorder=4)
+    axes.scatter(
+        [column + 0.3], [row - 0.3], marker="^" if more else "v", s=34, color="white", edgecolors=VERMILLION,
+        linewidths=1.2, zorder=4)
 
 
 def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, title: str):
@@ -251,7 +264,7 @@ def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, 
     axes.set_xticks(range(share.shape[1]), range(share.shape[1]), fontsize=8)
     return image, share
 
-# %% ../../nbs/paper/00a_figures.ipynb #53957c40
+# %% ../../nbs/paper/00a_figures.ipynb #0077254e
 def _changes(share: np.ndarray, before: np.ndarray) -> str:
     "How many units changed, in words."
     n = int(np.sum(share[~np.isnan(share)] != before[~np.isnan(share)]))
@@ -266,7 +279,7 @@ def genome_figure(
     parent_title: str = "Parent",
     theme: str = "light",  # a name in THEMES
 ) -> Figure:
-    "Heat map of a genome: layers × kind, coloured by the share kept; beside its parent, what changed is framed."
+    "Heat map of a genome, coloured by the share kept; beside its parent, what changed is framed."
     n_layers, title = max(unit.layer for unit in space.units) + 1, plain(title)
     size = (max(6, 1.6 + 0.36 * n_layers), 2.3 if parent is None else 3.6)
     figure, before = Figure(figsize=size, layout="constrained"), None
@@ -280,11 +293,14 @@ def genome_figure(
     figure.colorbar(image, ax=figure.axes, label="kept (%)", pad=0.01)
     return paint(figure, theme)
 
-# %% ../../nbs/paper/00a_figures.ipynb #81a4e7ba
+# %% ../../nbs/paper/00a_figures.ipynb #8662a234
 def _removed(genome: Genome, space: Space, kind: str) -> list[tuple[int, float]]:
     "Layer and percent of parameters removed, of the units of one kind."
     units = zip(space.units, space.params, genome.levels)
-    return [(unit.layer, 100 * (1 - params[level] / params[0])) for unit, params, level in units if unit.kind == kind]
+    return [
+        (unit.layer, 100 * (1 - params[level] / params[0]))
+        for unit, params, level in units
+        if unit.kind == kind]
 
 
 def sparsity_figure(
@@ -295,10 +311,12 @@ def sparsity_figure(
     "Parameters removed per layer and kind, in percent of the unit, and the average over all units."
     figure = Figure(figsize=(7.5, 3), layout="constrained")
     axes, average = figure.subplots(), 100 * space.params_removed(genome)
-    for offset, kind, label, color, hatch in ((-0.2, "attn", "attention", BLUE, ""), (0.2, "mlp", "MLP", ORANGE, "//")):
+    kinds = ((-0.2, "attn", "attention", BLUE, ""), (0.2, "mlp", "MLP", ORANGE, "//"))
+    for offset, kind, label, color, hatch in kinds:
         rows = _removed(genome, space, kind)
-        axes.bar([layer + offset for layer, _ in rows], [percent for _, percent in rows], 0.4, label=label, color=color,
-                 hatch=hatch, edgecolor="white", linewidth=0.5)
+        axes.bar(
+            [layer + offset for layer, _ in rows], [percent for _, percent in rows], 0.4, label=label,
+            color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
     ink = find_theme(theme).ink
     axes.axhline(average, color=ink, linestyle="--", linewidth=1, label=f"all units: {average:.0f} %")
     axes.set(xlabel="layer", ylabel="parameters removed (%)", ylim=(0, 118), yticks=range(0, 101, 20))
@@ -332,28 +350,32 @@ def rank_changes(
     flips, n = int((earlier * later < 0).sum()) // 2, len(ranks)
     return dict(zip(ranks.index, (before - after).astype(int).tolist())), flips, n * (n - 1) // 2
 
-# %% ../../nbs/paper/00a_figures.ipynb #e472ab48
-def _draw_path(axes, path: pd.DataFrame, changes: dict[int, dict[str, int]], n_stages: int, colors: Theme) -> None:
+# %% ../../nbs/paper/00a_figures.ipynb #935840de
+def _draw_path(axes, path: pd.DataFrame, changes: dict[int, dict[str, int]], n_stages: int, colors: Theme):
     "One candidate's way through the stages."
     code, rows = path.genome.iloc[0], list(path.sort_values("stage").itertuples())
     won = rows[-1].survived is True and rows[-1].stage == n_stages - 1
     for a, b in zip(rows, rows[1:]):
         change = changes[b.stage].get(code, 0)
-        color, line = (GREEN, "-") if change > 0 else (VERMILLION, "--") if change < 0 else (colors.muted, "-")
-        axes.plot([a.stage, b.stage], [a.rank, b.rank], color=color, linestyle=line, linewidth=2.8 if won else 1.6,
-                  zorder=3 if won else 2)
+        color, line = (
+            (GREEN, "-") if change > 0 else (VERMILLION, "--") if change < 0 else (colors.muted, "-"))
+        axes.plot(
+            [a.stage, b.stage], [a.rank, b.rank], color=color, linestyle=line, linewidth=2.8 if won else 1.6,
+            zorder=3 if won else 2)
     for row in rows:
         out, best = row.survived is False, won and row is rows[-1]
         color = BLUE if won else _style(row.stage)[0] if out else colors.muted
-        axes.plot([row.stage], [row.rank], linestyle="", marker="*" if best else "x" if out else "o", color=color,
-                  markersize=13 if best else 7, zorder=5, markeredgewidth=1.8)
+        axes.plot(
+            [row.stage], [row.rank], linestyle="", marker="*" if best else "x" if out else "o", color=color,
+            markersize=13 if best else 7, zorder=5, markeredgewidth=1.8)
 
-# %% ../../nbs/paper/00a_figures.ipynb #afc8116f
+# %% ../../nbs/paper/00a_figures.ipynb #085743f5
 def _latest_change(history: History) -> int:
     "The latest generation on the present line in which the parent was replaced."
     parents = {(row.branch, row.generation): row.parent for row in history.generations.itertuples()}
     won = {(row.branch, row.generation): row.genome for row in history.survivors.itertuples()}
-    return max((where[1] for where in history.line if won.get(where) not in (None, parents[where])), default=0)
+    return max(
+        (where[1] for where in history.line if won.get(where) not in (None, parents[where])), default=0)
 
 
 def _stage_label(index: int, stage) -> str:
@@ -367,28 +389,35 @@ def _stage_legend(colors: Theme) -> list[Line2D]:
     def mark(label: str, color: str, marker: str, **style) -> Line2D:
         return Line2D([], [], color=color, marker=marker, linestyle="", label=label, **style)
 
-    return [mark("survivor", BLUE, "*", markersize=11), Line2D([], [], color=GREEN, label="climbed"),
-            Line2D([], [], color=VERMILLION, linestyle="--", label="fell back"),
-            mark("eliminated", GREY, "x", markeredgewidth=1.8), Line2D([], [], color=colors.ink, linewidth=1.2, label="cut")]
+    return [
+        mark("survivor", BLUE, "*", markersize=11), Line2D([], [], color=GREEN, label="climbed"),
+        Line2D([], [], color=VERMILLION, linestyle="--", label="fell back"),
+        mark("eliminated", GREY, "x", markeredgewidth=1.8),
+        Line2D([], [], color=colors.ink, linewidth=1.2, label="cut")]
 
-# %% ../../nbs/paper/00a_figures.ipynb #3748de0f
-def _draw_funnel(axes, frame: pd.DataFrame, names: dict[str, str], stages: Sequence, n_stages: int, colors: Theme) -> None:
+# %% ../../nbs/paper/00a_figures.ipynb #80b5af79
+def _draw_funnel(axes, frame: pd.DataFrame, names: dict[str, str], stages: Sequence, n_stages: int, colors):
     "Paths of all candidates, their names, the flips between stages, and the cuts."
     found = {stage: rank_changes(frame, stage) for stage in range(1, n_stages)}
     for code, path in frame.groupby("genome"):
         _draw_path(axes, path, {stage: change for stage, (change, _, _) in found.items()}, n_stages, colors)
         first = path.loc[path.stage.idxmin()]
-        axes.annotate(names.get(code, ""), (first.stage, first["rank"]), xytext=(-9, 0), textcoords="offset points",
-                      va="center", ha="right", fontsize=8, color=colors.ink)
+        axes.annotate(
+            names.get(code, ""), (first.stage, first["rank"]), xytext=(-9, 0), textcoords="offset points",
+            va="center", ha="right", fontsize=8, color=colors.ink)
     for stage, (_, flips, pairs) in found.items():
         if pairs:
-            axes.annotate(f"{flips} of {pairs} pairs\nflipped", (stage - 0.5, 1.01), xycoords=("data", "axes fraction"),
-                          ha="center", va="bottom", fontsize=8, color=VERMILLION if flips else colors.muted)
+            axes.annotate(
+                f"{flips} of {pairs} pairs\nflipped", (stage - 0.5, 1.01),
+                xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8,
+                color=VERMILLION if flips else colors.muted)
     for stage, rule in enumerate(stages):
         if (frame.stage == stage).sum() > rule.survivors:
-            axes.plot([stage - 0.22, stage + 0.22], [rule.survivors + 0.5] * 2, color=colors.ink, linewidth=1.2, zorder=1)
+            axes.plot(
+                [stage - 0.22, stage + 0.22], [rule.survivors + 0.5] * 2, color=colors.ink, linewidth=1.2,
+                zorder=1)
 
-# %% ../../nbs/paper/00a_figures.ipynb #8b85626d
+# %% ../../nbs/paper/00a_figures.ipynb #537f248a
 def stages_figure(
     history: History,  # of a run
     generation: int | None = None,  # which one; None: the latest in which the parent was replaced
@@ -414,20 +443,24 @@ def stages_figure(
     _draw_funnel(axes, frame, names, stages, n_stages, colors)
     axes.set_title(f"Who survived: generation {generation + 1}", pad=30)
     axes.set(ylabel="rank (1 is best)", xlim=(-0.5, n_stages - 0.6), ylim=(n_ranks + 0.7, 0.3))
-    axes.set_xticks(range(len(stages)), [_stage_label(i, stage) for i, stage in enumerate(stages)], fontsize=8)
+    axes.set_xticks(
+        range(len(stages)), [_stage_label(i, stage) for i, stage in enumerate(stages)], fontsize=8)
     axes.set_yticks(range(1, n_ranks + 1, -(-n_ranks // 12)))
-    figure.legend(handles=_stage_legend(colors), fontsize=8, loc="outside lower center", ncols=5, frameon=False,
-                  labelcolor=colors.ink, handletextpad=0.5, columnspacing=1.2)
+    figure.legend(
+        handles=_stage_legend(colors), fontsize=8, loc="outside lower center", ncols=5, frameon=False,
+        labelcolor=colors.ink, handletextpad=0.5, columnspacing=1.2)
     return paint(figure, theme)
 
-# %% ../../nbs/paper/00a_figures.ipynb #6640fda0
+# %% ../../nbs/paper/00a_figures.ipynb #c97b0099
 def lineage(
     history: History,  # of a run
 ) -> list[tuple[int, Genome]]:
     "The winners on the present line: (generation, genome), after the start, which has generation −1."
     won = {(row.branch, row.generation): Genome.parse(row.genome) for row in history.survivors.itertuples()}
-    return [(-1, history.start)] + [(generation, won[branch, generation]) for branch, generation in history.line
-                                    if (branch, generation) in won]
+    return [(-1, history.start)] + [
+        (generation, won[branch, generation])
+        for branch, generation in history.line
+        if (branch, generation) in won]
 
 
 def swaps(
@@ -438,17 +471,22 @@ def swaps(
     "What changed: (unit, level before, level after)."
     return [(unit.name, a, b) for unit, a, b in zip(space.units, parent.levels, child.levels) if a != b]
 
-# %% ../../nbs/paper/00a_figures.ipynb #b9ff4069
+# %% ../../nbs/paper/00a_figures.ipynb #7e794dfa
 def _draw_lineage(axes, path: list[tuple[int, Genome]], space: Space, kind: str):
     "Share kept by layer and generation, with the changes; returns the image."
     rows = [(i, unit) for i, unit in enumerate(space.units) if unit.kind == kind]
-    share = np.array([[100 * space.kept(i, genome.levels[i]) / unit.n_structures for _, genome in path] for i, unit in rows])
+    share = np.array(
+        [
+            [100 * space.kept(i, genome.levels[i]) / unit.n_structures for _, genome in path]
+            for i, unit in rows])
     extent = (path[0][0] + 0.5, path[-1][0] + 1.5, len(rows) - 0.5, -0.5)
-    image = axes.imshow(share, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=extent)
+    image = axes.imshow(
+        share, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=extent)
     for marker, changed, color in (("^", np.diff(share) > 0, "white"), ("v", np.diff(share) < 0, VERMILLION)):
         y, x = np.nonzero(changed)
-        axes.scatter(x + path[0][0] + 2, y, marker=marker, s=min(34, 1400 / len(path)), color=color, edgecolors="black",
-                     linewidths=0.6, zorder=3)
+        axes.scatter(
+            x + path[0][0] + 2, y, marker=marker, s=min(34, 1400 / len(path)), color=color,
+            edgecolors="black", linewidths=0.6, zorder=3)
     every = -(-len(rows) // 12)
     axes.set_yticks(range(0, len(rows), every), [unit.layer for _, unit in rows[::every]], fontsize=8)
     axes.set_ylabel(f"{'attention' if kind == 'attn' else 'MLP'}\nlayer")
@@ -487,7 +525,7 @@ def _short(value: float, _: int) -> str:
     "A number of tokens: 1500 → 1.5k."
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
-# %% ../../nbs/paper/00a_figures.ipynb #0b5bdc8b
+# %% ../../nbs/paper/00a_figures.ipynb #3279431f
 def tokens_figure(
     history: History,  # of a run, finished or not
     theme: str = "light",  # a name in THEMES
@@ -499,18 +537,21 @@ def tokens_figure(
     figure, x = Figure(figsize=(6.6, 2.7), layout="constrained"), np.arange(1, len(tuning) + 1)
     axes = figure.subplots()
     axes.bar(x, tuning, 0.85, color=BLUE, label="tuning")
-    axes.bar(x, scoring, 0.85, bottom=tuning, color=ORANGE, hatch="//", edgecolor="white", linewidth=0, label="scoring")
+    axes.bar(
+        x, scoring, 0.85, bottom=tuning, color=ORANGE, hatch="//", edgecolor="white", linewidth=0,
+        label="scoring")
     planned = sum(history.planned_tokens.values())
     left = max(history.rules.generations - history.generation - (not history.finished), 0)
-    axes.plot([x[-1], x[-1] + left], [tuning[-1] + scoring[-1], planned], color=find_theme(theme).ink, linestyle="--",
-              linewidth=1.2, marker="_", label=f"plan: {planned:,}")
+    axes.plot(
+        [x[-1], x[-1] + left], [tuning[-1] + scoring[-1], planned], color=find_theme(theme).ink,
+        linestyle="--", linewidth=1.2, marker="_", label=f"plan: {planned:,}")
     axes.set(xlabel="generations worked on", ylabel="tokens, in all", title="Tokens used, against the plan")
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, loc="upper left", frameon=False)
     return paint(figure, theme)
 
-# %% ../../nbs/paper/00a_figures.ipynb #71a2503f
+# %% ../../nbs/paper/00a_figures.ipynb #ba5909ee
 def _draw_measured(axes, rows: Sequence[dict], key: str, ink: str) -> None:
     "A dot per seed, and the mean with its value, on one side of each method."
     offset, color, marker, sign = {"before": (-0.12, ORANGE, "o", -1), "after": (0.12, BLUE, "s", 1)}[key]
@@ -521,21 +562,25 @@ def _draw_measured(axes, rows: Sequence[dict], key: str, ink: str) -> None:
         if len(row[key]) > 1:
             axes.hlines(mean, x - 0.09, x + 0.09, color=ink, linewidth=1.2, zorder=2,
                         label="mean over seeds" if (i, key) == (0, "after") else None)
-        axes.annotate(f"{mean:.1f}", (x, mean), (sign * (12 if len(row[key]) == 1 else 20), 0), textcoords="offset points",
-                      ha="left" if sign > 0 else "right", va="center", fontsize=8, color=ink)
+        axes.annotate(
+            f"{mean:.1f}", (x, mean), (sign * (12 if len(row[key]) == 1 else 20), 0),
+            textcoords="offset points", ha="left" if sign > 0 else "right", va="center", fontsize=8,
+            color=ink)
 
-# %% ../../nbs/paper/00a_figures.ipynb #823a3719
+# %% ../../nbs/paper/00a_figures.ipynb #5e1e2dac
 def comparison_figure(
-    rows: Sequence[dict],  # each with name, and lists `before` and `after` of perplexities (one value per seed)
+    rows: Sequence[dict],  # each with name, and lists `before` and `after`: a perplexity per seed
     dense: float | None = None,  # perplexity of the dense model
     title: str = "Held-out perplexity",
     theme: str = "light",  # a name in THEMES
 ) -> Figure:
-    "Perplexity of several methods before and after post-training: a dot per seed, and the means with their values."
+    "Perplexity of methods before and after post-training: a dot per seed, and the means with their values."
     figure, ink = Figure(figsize=(2.6 + 1.3 * len(rows), 3.6), layout="constrained"), find_theme(theme).ink
     axes = figure.subplots()
     for i, row in enumerate(rows):
-        axes.plot([i - 0.12, i + 0.12], [np.mean(row["before"]), np.mean(row["after"])], color=GREY, linewidth=1, zorder=1)
+        axes.plot(
+            [i - 0.12, i + 0.12], [np.mean(row["before"]), np.mean(row["after"])], color=GREY, linewidth=1,
+            zorder=1)
     for key in ("before", "after"):
         _draw_measured(axes, rows, key, ink)
     if dense is not None:

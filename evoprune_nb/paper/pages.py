@@ -15,18 +15,18 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-# %% ../../nbs/paper/01a_pages.ipynb #c47354d8
-_TEXT = """a abbr b blockquote br caption code dd div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s span strong sub sup
-    table tbody td tfoot th thead tr u ul"""
-_FORMULA = """math menclose mfenced mfrac mi mmultiscripts mn mo mover mpadded mphantom mroot mrow ms mspace msqrt mstyle
-    msub msubsup msup mtable mtd mtext mtr munder munderover semantics"""
-_ATTRIBUTES = """accent alt class colspan columnalign columnspacing display displaystyle fence form height id linethickness
-    lspace mathsize mathvariant maxsize minsize movablelimits notation rowspacing rowspan rspace scope separator stretchy
-    symmetric title width xmlns""".split()
+# %% ../../nbs/paper/01a_pages.ipynb #ab034516
+_TEXT = """a abbr b blockquote br caption code dd div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s span
+    strong sub sup table tbody td tfoot th thead tr u ul"""
+_FORMULA = """math menclose mfenced mfrac mi mmultiscripts mn mo mover mpadded mphantom mroot mrow ms
+    mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover semantics"""
+_ATTRIBUTES = """accent alt class colspan columnalign columnspacing display displaystyle fence form height id
+    linethickness lspace mathsize mathvariant maxsize minsize movablelimits notation rowspacing rowspan rspace
+    scope separator stretchy symmetric title width xmlns""".split()
 _PICTURE = re.compile(r"data:image/(png|jpeg|gif);base64,[\w+/=\s]*\Z")
 _LINK = re.compile(r"(https?:|mailto:|#|[\w./-]+(#|\Z))")
 
-# %% ../../nbs/paper/01a_pages.ipynb #57b6dc91
+# %% ../../nbs/paper/01a_pages.ipynb #48dd6d78
 def _is_allowed(tag: str, name: str, value: str) -> bool:
     "Whether a page may keep this attribute."
     if name == "src":
@@ -40,7 +40,8 @@ def clean_html(
     html: str,  # from anywhere
 ) -> str:
     "HTML reduced to text, tables, embedded pictures, links and MathML."
-    html = re.sub(r"<(style|script)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # for looks: no code as text
+    # for looks only: the text of styles and scripts is not shown as text
+    html = re.sub(r"<(style|script)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
     tags, protocols = (_TEXT + " " + _FORMULA).split(), ["http", "https", "mailto", "data"]
     return bleach.clean(html, tags, _is_allowed, protocols, strip=True)
 
@@ -73,10 +74,11 @@ def _markdown(source: str) -> str:
     renderer = _Renderer(escape=False, exclude_anchor_links=True)
     return MarkdownWithMath(renderer=renderer).render(source)
 
-# %% ../../nbs/paper/01a_pages.ipynb #18f9375a
-_EMPTY = """html_head_js html_head_js_mathjax html_head_js_mermaidjs jupyter_widgets data_widget_view data_javascript
-    data_mermaid data_svg data_pdf footer_js"""
-_TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in _EMPTY.split())
+# %% ../../nbs/paper/01a_pages.ipynb #d25bbb8b
+_EMPTY = """html_head_js html_head_js_mathjax html_head_js_mermaidjs jupyter_widgets data_widget_view
+    data_javascript data_mermaid data_svg data_pdf footer_js"""
+_TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
+    f"{{% block {name} %}}{{% endblock %}}" for name in _EMPTY.split())
 
 
 def write_html(
@@ -84,9 +86,10 @@ def write_html(
     target: str | Path,  # the HTML file
     title: str,  # of the page
 ) -> Path:
-    "Write a self-contained page: pictures and formulas inside, code left out, nothing loaded, nothing executed."
-    exporter = HTMLExporter(template_name="lab", raw_template=_TEMPLATE, sanitize_html=True, exclude_input=True,
-                            exclude_input_prompt=True, exclude_output_prompt=True)
+    "Write a self-contained page: pictures and formulas inside, code left out, nothing loaded or run."
+    exporter = HTMLExporter(
+        template_name="lab", raw_template=_TEMPLATE, sanitize_html=True, exclude_input=True,
+        exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.register_filter("markdown2html", _markdown)
     exporter.register_filter("clean_html", clean_html)
     node = nbformat.read(notebook, as_version=4)

@@ -19,7 +19,7 @@ from ..history import History
 from ..replay import commands_of
 from ..source import Source
 
-# %% ../../nbs/paper/03_replays.ipynb #8821544f
+# %% ../../nbs/paper/03_replays.ipynb #669ba671
 _MEANINGS = {  # parameters of the notebook; types are those of `Source`
     "model_name": '"tiny", "smollm2-135m", a local directory or a hub id',
     "dtype": "of the weights",
@@ -37,17 +37,19 @@ def _check_source(run_dir: str | Path, source: Source) -> None:
     "Raise `ValueError` for a source that lacks something, or holds a value of another type."
     if source.unknown:
         lacking = ", ".join(source.unknown)
-        raise ValueError(f"{run_dir} does not say how its model and text were made; pass source= with {lacking}")
+        raise ValueError(
+            f"{run_dir} does not say how its model and text were made; pass source= with {lacking}")
     for field in fields(source):
         value = getattr(source, field.name)
         if type(value) not in (get_args(field.type) or (field.type,)):
             kind = getattr(field.type, "__name__", str(field.type))
             raise ValueError(f"{run_dir}: {field.name} of the source must be of type {kind}; got {value!r}")
 
-# %% ../../nbs/paper/03_replays.ipynb #2b5325c9
+# %% ../../nbs/paper/03_replays.ipynb #44bd72b3
 def _assignments(values: dict[str, object]) -> str:
     "Python source that assigns the values, which are JSON: text, numbers, lists, dicts."
-    return "\n\n".join(f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}" for name, value in values.items())
+    return "\n\n".join(
+        f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}" for name, value in values.items())
 
 
 def _parameters(source: Source, stem: str) -> str:
@@ -55,14 +57,14 @@ def _parameters(source: Source, stem: str) -> str:
     rows = [(name, getattr(source, name), meaning) for name, meaning in _MEANINGS.items()]
     rows += [("run_dir", f"runs/{stem}", "where the search is written; run again to continue"),
              ("report_dir", f"reports/{stem}", "where the report goes")]
-    return "\n".join(f"{name}: {type(value).__name__} = {value!r}  # {meaning}" for name, value, meaning in rows)
+    return "\n".join(f"{name}: {type(value).__name__} = {value!r}  # {why}" for name, value, why in rows)
 
 
 def _as_code(text: object) -> str:
     "Text on one line of Markdown, shown as it is: no markup in it works."
     return "`" + " ".join(str(text).encode(errors="replace").decode().replace("`", "'").split()) + "`"
 
-# %% ../../nbs/paper/03_replays.ipynb #99d9feff
+# %% ../../nbs/paper/03_replays.ipynb #981cb076
 _LOAD = """\
 from dataclasses import asdict
 from pathlib import Path
@@ -84,11 +86,12 @@ model, tokenizer = source.load_model()
 pools = source.load_pools(tokenizer, pool_tokens)
 database = source.build_database(model, pools, Path(run_dir) / "database")
 here = fingerprints(database, pools, config)
-differing = [f"{name} ({then} there, {here.get(name)} here)" for name, then in recorded_fingerprints.items() if here.get(name) != then]
+differing = [f"{name} ({then} there, {here.get(name)} here)" for name, then in recorded_fingerprints.items()
+             if here.get(name) != then]
 if differing:
     raise ValueError(f"this is not what was searched in then: {', '.join(differing)}")"""
 
-# %% ../../nbs/paper/03_replays.ipynb #7cea6fb6
+# %% ../../nbs/paper/03_replays.ipynb #a9a4b56f
 _RUN = """\
 search = Search(run_dir, model, database, pools, config, source=source)
 winner = follow(search, commands)
@@ -96,7 +99,8 @@ history = History(run_dir)
 found = history.survivors[["branch", "generation", "genome"]].values.tolist()
 if found[: len(survivors)] != survivors:
     first = next(i for i, row in enumerate(survivors) if found[i : i + 1] != [row])
-    raise ValueError(f"other genomes than then, first in branch, generation, genome {survivors[first]}: here {found[first : first + 1]}")
+    raise ValueError(f"other genomes than then, first in branch, generation, genome {survivors[first]}: "
+                     f"here {found[first : first + 1]}")
 print(winner)"""
 _COMMANDS = 'pd.DataFrame([{"after": row["after"], "command": describe(row["command"])} for row in commands])'
 _FINISH = """\
@@ -104,39 +108,52 @@ results = {"winner": winner.code, "n_params": history.space.n_params(winner), "t
 report.finish(results, summary=f"the winner is {winner.code}, the same as then")
 report.origin(seed=config.seed)"""
 
-# %% ../../nbs/paper/03_replays.ipynb #5eb4bfa7
+# %% ../../nbs/paper/03_replays.ipynb #88d4d025
 def _recorded(history: History, source: Source) -> dict[str, object]:
     "All values that the notebook's code reads, by name."
     pools = {name: row["n_tokens"] for name, row in history.settings.get("pools", {}).items()}
     return {
-        "source_names": list(_MEANINGS), "calibration_seed": source.calibration_seed,  # None: the whole pool was used
-        "pool_tokens": {"calibration": None} | (pools or dict.fromkeys(SPLITS)), "settings": history.settings["config"],
+        "source_names": list(_MEANINGS),
+        "calibration_seed": source.calibration_seed,  # None: the whole pool was used
+        "pool_tokens": {"calibration": None} | (pools or dict.fromkeys(SPLITS)),
+        "settings": history.settings["config"],
         "recorded_fingerprints": history.settings["fingerprints"], "commands": commands_of(history.run_dir),
         "survivors": history.survivors[["branch", "generation", "genome"]].values.tolist()}
 
-# %% ../../nbs/paper/03_replays.ipynb #9b46830c
+# %% ../../nbs/paper/03_replays.ipynb #8a3b5016
 def to_notebook(
     run_dir: str | Path,  # of any run, steered or not
     path: str | Path,  # of the notebook to be written
     source: Source | None = None,  # how model, text and database were made, for a run that does not say
 ) -> Path:
-    "Write a notebook that repeats a run headless to the same genomes. Raises `ValueError` when its source is not known."
+    "Write a notebook that repeats a run to the same genomes. Raises `ValueError` for an unknown source."
     history, path = History(run_dir), Path(path)
     known = source or history.source or Source.from_dict({})
     _check_source(run_dir, known)
     recorded = _recorded(history, known)
     revision = history.settings.get("provenance", {}).get("git_revision")
-    title = (f"# Replay of {_as_code(Path(run_dir).resolve().name)}\n\n> A search with {len(recorded['commands'])} commands, "
-             f"repeated headless to the same genomes.\n\nWritten by `to_notebook` from a run of revision {_as_code(revision)}.")
+    title = (
+        f"# Replay of {_as_code(Path(run_dir).resolve().name)}\n\n"
+        f"> A search with {len(recorded['commands'])} commands, repeated headless to the same genomes.\n\n"
+        f"Written by `to_notebook` from a run of revision {_as_code(revision)}."
+    )
     cells = [
-        new_markdown_cell(title), new_code_cell(_parameters(known, path.stem), metadata={"tags": ["parameters"]}),
-        new_markdown_cell("## Settings and commands\n\nAs recorded. A command's place is the number of events `after` which it came."),
+        new_markdown_cell(title),
+        new_code_cell(_parameters(known, path.stem), metadata={"tags": ["parameters"]}),
+        new_markdown_cell(
+            "## Settings and commands\n\nAs recorded. A command came `after` so many events."
+        ),
         new_code_cell(_assignments(recorded)),
-        new_markdown_cell("## Model, text and level database\n\nMade again, and compared with those of then."), new_code_cell(_LOAD),
-        new_markdown_cell("## The search\n\nThe survivor of every generation must be the one of then."), new_code_cell(_RUN),
+        new_markdown_cell(
+            "## Model, text and level database\n\nMade again, and compared with those of then."),
+        new_code_cell(_LOAD),
+        new_markdown_cell("## The search\n\nThe survivor of every generation must be the one of then."),
+        new_code_cell(_RUN),
         new_code_cell('report.figure("fitness", fitness_figure(history))'),
         new_code_cell('report.figure("genome", genome_figure(winner, history.space, "The winner"))'),
-        new_markdown_cell("## What was done"), new_code_cell(_COMMANDS), new_code_cell(_FINISH)]
+        new_markdown_cell("## What was done"),
+        new_code_cell(_COMMANDS),
+        new_code_cell(_FINISH)]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
