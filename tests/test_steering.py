@@ -15,7 +15,7 @@ from evoprune_nb.runlog import RunDiverged
 from evoprune_nb.search import Search
 from evoprune_nb.source import Source
 from evoprune_nb.selection import Elimination, Evaluation, Stage
-from evoprune_nb.steering import COMMANDS, SETTINGS, change_rules, check_command, describe
+from evoprune_nb.steering import COMMANDS, SETTINGS, apply_command, check_command, describe
 from evoprune_nb.config import ActiveConfig, SearchConfig, generation_tokens
 from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.training import Training
@@ -57,7 +57,8 @@ WRONG = [
     ({"command": "freeze", "units": [f"{kind}.0{i}" for kind in ("attn", "mlp") for i in range(3)]}, r"0 of 4 distinct offspring .*6 of 6 units frozen"),
     ({"command": "inject", "genome": "x"}, "is no genome"), ({"command": "inject", "genome": "33/555"}, "2 attention and 3 MLP levels"), ({"command": "inject", "genome": "000/000"}, "genome 000/000 has .* parameters; the budget is"),
     ({"command": "inject", "genome": "339/555"}, "attn.02 at level 9"), ({"command": "branch", "generation": 1}, "has not begun yet"), ({"command": "branch", "generation": -1}, "whole number from 0"),
-    ({"command": "branch", "generation": 1.0}, "whole number"), ({"command": "note", "text": " "}, "a note needs text"), ({"command": "note", "text": 3}, "a note needs text"),
+    ({"command": "branch", "generation": 1.0}, "whole number"), ({"command": "note", "text": " "}, "a note needs text"), ({"command": "note", "text": 3}, "a note needs text"), ({"command": "note", "text": "half of a pair: \ud83d"}, r"UTF-8 can hold; got .*ud83d"),
+    (set_("lr", float("nan")), "lr > 0"), (set_("sparsity", float("nan")), "0 to 1; got nan"), (set_("params", -3), "not negative; got -3"), (set_("limits", {"flops": float("nan")}), "got nan"),
 ]
 
 
@@ -92,7 +93,7 @@ def test_the_check_answers_with_the_command_in_full(small):
 def test_each_setting_can_be_changed(setting, value, expected):
     "The rules after a command are the old ones but for what it names; and they are settings, checked like those."
     config = short_config()
-    changed = change_rules(ActiveConfig.of(config), set_(setting, value))
+    changed = apply_command(ActiveConfig.of(config), set_(setting, value))
     assert changed == ActiveConfig.of(short_config(**expected)) and setting in SETTINGS
     assert isinstance(changed, SearchConfig) and changed.lr == changed.training.lr
     assert describe(set_(setting, value)).startswith(f"{setting} → ") and describe(set_(setting, value, "now")).endswith(" (now)")
@@ -103,7 +104,7 @@ def test_freeze_and_thaw_are_set_operations(frozen):
     "What is frozen is the union of what was frozen, less what was thawed since."
     rules, expected = ActiveConfig.of(short_config()), set()
     for name, units in frozen:
-        rules = change_rules(rules, {"command": name, "units": sorted(units)})
+        rules = apply_command(rules, {"command": name, "units": sorted(units)})
         expected = expected | units if name == "freeze" else expected - units
     assert set(rules.frozen) == expected and list(rules.frozen) == sorted(expected)
 
