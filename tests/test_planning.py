@@ -20,7 +20,8 @@ from evoprune_nb.ship.export import export_hf
 from evoprune_nb.models import load_model
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.paper.planning import Device, head_bytes, meta_model, plan, softmax_bytes
-from evoprune_nb.ship.posttraining import PostTraining, post_train_checkpoint
+from evoprune_nb.ship.posttraining import post_train_checkpoint
+from evoprune_nb.ship.stream import PostTraining
 from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.search import SearchConfig
 from evoprune_nb.selection import PUBLISHED_STAGES, Stage, select

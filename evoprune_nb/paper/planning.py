@@ -25,7 +25,9 @@ from ..genome import Genome, Space, level_grid, make_space
 from ..judge.latency import time_each
 from ..models import EMBEDDED_MODELS, Unit, prunable_units
 from ..machine.device import resolve_device, resolve_dtype
-from ..ship.posttraining import PostTraining
+from ..ship.checkpoints import checkpoint_bytes
+from ..ship.distillation import loss_bytes
+from ..ship.stream import PostTraining
 from ..database import plan_calibration
 from ..losses import CHUNK
 from ..evaluator import SCORING_BATCH, SHARED_CHUNKS
@@ -300,21 +302,17 @@ def _post_training(sizes: _Sizes, space: Space, genome: Genome, settings: PostTr
         positions * activation_bytes(unit, kept, kept if uneven else space.kv_kept[index][level], sizes.hidden, 4, sizes.head_norms, per_head, settings.autocast)
         for index, (unit, level) in enumerate(zip(space.units, genome.levels)) for kept in [space.kept(index, level)]]
     copies = 2 * (weights - space.fixed_params) * settings.autocast  # autograd keeps those that the backward pass reads
-    rows, states = min(1024, positions), 4 * positions * sizes.hidden
-    # of a chunk (as in `post_training_loss`): logits, their log-softmax and its gradient; the head's gradient, that of the chunk, and under autocast a copy of the head and its gradient
-    loss = 12 * rows * sizes.vocabulary + (8 + 4 * settings.autocast) * sizes.vocabulary * sizes.hidden + 2 * states
-    if settings.distillation:
-        loss += 8 * rows * sizes.vocabulary + positions * sizes.hidden * sizes.itemsize
+    loss = loss_bytes(positions, sizes.vocabulary, sizes.hidden, settings.autocast, sizes.itemsize * bool(settings.distillation))
     n_layers = 1 + max(unit.layer for unit in space.units)
     if settings.checkpoint_activations:
-        in_pass = n_layers * states + max(loss, (sum(units) + copies) / n_layers)
+        in_pass = n_layers * 4 * positions * sizes.hidden + max(loss, (sum(units) + copies) / n_layers)
     else:
         in_pass = sum(units) + copies + loss
     in_pass += 4 * weights * (settings.accumulation > 1)  # gradients of the passes before
     memory = 12 * weights + max(round(in_pass), 4 * weights) + (space.dense_params * sizes.itemsize if settings.distillation else 0)
     tokens = settings.n_steps() * settings.tokens_per_step()
     flops = tokens * ((3 + settings.checkpoint_activations) * space.cost(genome, "flops") + (space.dense_cost("flops") if settings.distillation else 0))
-    return Phase("post-training", memory, 3 * 12 * weights, tokens, flops, flops / device.rate if device else None)
+    return Phase("post-training", memory, checkpoint_bytes(weights), tokens, flops, flops / device.rate if device else None)
 
 # %% ../../nbs/paper/01_planning.ipynb #8e7ebfea
 def _check_budgets(stages: Sequence[Stage], seq_len: int) -> None:
