@@ -86,3 +86,15 @@ def test_experiments_import_only_the_package(path):
     "Experiments neither export nor need development tools: what they do is in the package."
     code = "\n".join(text_of(cell) for cell in cells(path) if cell["cell_type"] == "code")
     assert "#|" not in code and not re.search(r"^\s*(import|from) (nbdev|fastcore|pickle)\b", code, re.MULTILINE)
+
+
+def test_the_tour_links_every_notebook_in_order():
+    "Each source notebook is linked once, by part, in the order of reading."
+    text = "\n".join(text_of(cell) for cell in cells(ROOT / "nbs" / "index.ipynb") if cell["cell_type"] == "markdown")
+    links = re.findall(r"\]\(([\w/]+\.ipynb)\)", text)
+    assert all((ROOT / "nbs" / link).exists() for link in links)
+    linked = [link for link in links if re.match(r"\d\d", Path(link).name)]
+    assert sorted(linked) == sorted(str(path.relative_to(ROOT / "nbs")) for path in SOURCES)
+    for part in {Path(link).parent for link in linked}:
+        names = [Path(link).name for link in linked if Path(link).parent == part]
+        assert names == sorted(names, key=lambda name: (re.match(r"\d+", name)[0], name.partition("_")[0]))
