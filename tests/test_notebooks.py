@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
 SOURCES = [path for path in NOTEBOOKS if re.match(r"\d\d", path.name)]
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == "experiments"]
-by_name = dict(ids=lambda path: path.stem)
+by_name = dict(ids=lambda path: path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 
 
 def cells(path: Path) -> list[dict]:
@@ -42,18 +42,19 @@ def test_clean_and_export_leave_no_difference(tmp_path):
 
 def test_every_module_has_its_notebook():
     "Each source notebook exports one module, and each module comes from one."
-    exported = [re.search(r"#\| default_exp (\w+)", text_of(cells(path)[0])).group(1) for path in SOURCES]
-    assert sorted(exported) == sorted(path.stem for path in (ROOT / "evoprune_nb").glob("[!_]*.py"))
+    exported = [re.search(r"#\| default_exp ([\w.]+)", text_of(cells(path)[0])).group(1) for path in SOURCES]
+    modules = [path.relative_to(ROOT / "evoprune_nb") for path in (ROOT / "evoprune_nb").rglob("[!_]*.py")]
+    assert sorted(exported) == sorted(".".join(path.with_suffix("").parts) for path in modules)
 
 
 @pytest.mark.parametrize("path", SOURCES, **by_name)
 def test_source_notebooks_begin_with_name_title_and_purpose(path):
     "First the module's name, then a title with one line of purpose; the module's docstring is that line."
     first, second, *_ = cells(path)
-    assert first["cell_type"] == "code" and re.fullmatch(r"#\| default_exp \w+", text_of(first).strip())
+    assert first["cell_type"] == "code" and re.fullmatch(r"#\| default_exp [\w.]+", text_of(first).strip())
     match = re.match(r"# \S.*\n\n> (\S.*)(\n|$)", text_of(second))
     assert second["cell_type"] == "markdown" and match
-    module = (ROOT / "evoprune_nb" / f"{text_of(first).split()[-1]}.py").read_text(encoding="utf-8")
+    module = (ROOT / "evoprune_nb" / f"{text_of(first).split()[-1].replace('.', '/')}.py").read_text(encoding="utf-8")
     assert module.startswith(f'"""{match.group(1)}"""')
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "evoprune_nb").glob("*.py"))
+MODULES = sorted((ROOT / "evoprune_nb").rglob("*.py"))
+PARTS = ["judge", "machine", "paper", "ship", "ui"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def test_setup_follows_settings(configured, distribution):
 
 
 def test_package_carries_its_model(distribution):
-    "The wheel holds the one package and the files of the tiny model."
-    assert distribution.packages == ["evoprune_nb"]
+    "The wheel holds the package, all its parts, and the files of the tiny model."
+    assert sorted(distribution.packages) == ["evoprune_nb", *(f"evoprune_nb.{part}" for part in PARTS)]
     carried = {path.name for pattern in distribution.package_data["evoprune_nb"] for path in (ROOT / "evoprune_nb").glob(pattern)}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= carried
 
@@ -57,7 +58,7 @@ def imported(tree: ast.Module) -> set[str]:
     return {name.partition(".")[0] for name in plain | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_need_no_development_tool_and_unpickle_nothing(path):
     "No exported module imports nbdev, fastcore or execnb, or reads pickles; nothing is a star import."
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -74,7 +75,7 @@ import importlib, pkgutil, socket
 def refuse(*args, **kwargs): raise SystemExit(f"network: {args[1:]}")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
 import evoprune_nb
-for module in pkgutil.iter_modules(evoprune_nb.__path__): importlib.import_module(f"evoprune_nb.{module.name}")
+for module in pkgutil.walk_packages(evoprune_nb.__path__, "evoprune_nb."): importlib.import_module(module.name)
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")} | {"EVOPRUNE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -89,4 +90,4 @@ def test_wheel_builds_with_its_model(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {"evoprune_nb/search.py", "evoprune_nb/tiny/model.safetensors", "evoprune_nb/tiny/tokenizer.json"} <= set(names)
+    assert {"evoprune_nb/search.py", "evoprune_nb/ui/cli.py", "evoprune_nb/ship/export.py", "evoprune_nb/tiny/model.safetensors", "evoprune_nb/tiny/tokenizer.json"} <= set(names)
