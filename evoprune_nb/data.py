@@ -127,11 +127,13 @@ def split_of(
             return split
     return split
 
-# %% ../nbs/01_data.ipynb #783cb87e
+# %% ../nbs/01_data.ipynb #5171fe40
 def begin_tokens(
     tokenizer,  # the model's own tokenizer
 ) -> tuple[int, ...]:
-    "Token ids that the tokenizer puts in front of every text: (BOS,), or () when it adds none."
+    """Token ids that the tokenizer puts in front of every text: (BOS,), or () when it adds none.
+
+    Of several (GLM 4 has two), losses leave out the first only."""
     whole = tokenizer("0", add_special_tokens=True)["input_ids"]
     text = tokenizer("0", add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(text) + 1):

@@ -15,6 +15,7 @@ from evoprune_nb.search import Search
 from evoprune_nb.ship import export
 from evoprune_nb.ship.export import load_winner
 from evoprune_nb.ship.posttraining import PostTraining, TokenStream
+from evoprune_nb.ui.cli import main
 
 SEQ = 16
 
@@ -192,3 +193,15 @@ def test_reports_say_whether_bos_was_there(kind, text):
     report = evaluation_report(model, "small", heldout=evaluate(model, pool, tokenizer))
     assert report.to_dict()["heldout"]["begin"] == ((BOS,) if "bos" in kind else ())
     assert {"measure": "held-out tokens", "value": f"150 ({'behind BOS' if 'bos' in kind else 'no BOS: the tokenizer adds none'})"} in report.rows()
+
+
+def test_the_command_evaluates_behind_bos(text, tmp_path, capsys):
+    "`evoprune eval` builds blocks as the tokenizer begins them, and its report says so."
+    model, tokenizer = small_model("llama-gqa"), word_tokenizer("bos")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    assert main(["eval", str(tmp_path / "model"), "--text", str(text), "--seq-len", str(SEQ), "--tokens", "160", "--device", "cpu"]) == 0
+    row = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    pool = load_pools(text, tokenizer, SEQ, {"heldout": 160})["heldout"]
+    assert row["heldout"]["nats"] == pytest.approx(evaluate(model, pool, tokenizer).nats) and row["heldout"]["begin"] == row["conditions"]["begin"] == [BOS]
+    assert "150 (behind BOS)" in capsys.readouterr().out
