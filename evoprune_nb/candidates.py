@@ -5,30 +5,26 @@
 # %% auto #0
 __all__ = ['kv_index_of', 'unit_slices', 'materialize', 'dense_state']
 
-# %% ../nbs/09_candidates.ipynb #1427d947
+# %% ../nbs/09_candidates.ipynb #b72e1b23
 import copy
 
 import torch
 from torch import nn
 
+from .database import LevelDatabase
 from .genome import Genome
 from .modeling import drop_sublayer, renumber_cache, shrink_attention, shrink_mlp
 from .models import Unit, decoder_layers, norm_names
-from .database import LevelDatabase
 
-
+# %% ../nbs/09_candidates.ipynb #1427d947
 def _skeleton(model: nn.Module) -> nn.Module:
     "A copy of the module tree that shares every tensor, and the configuration, with the model."
     shared = [*model.parameters(), *model.buffers(), model.config]
     return copy.deepcopy(model, {id(thing): thing for thing in shared})
 
 
-def _rows(heads: torch.Tensor, size: int) -> torch.Tensor:
-    return (heads[:, None] * size + torch.arange(size)).flatten()
-
-
-def _put(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    "Fill a linear layer."
+def _fill(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    "Give a linear layer its parameters, on its device and in its dtype."
     linear.weight = nn.Parameter(weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -43,43 +39,64 @@ def kv_index_of(
     return kv_heads, index.tolist()
 
 # %% ../nbs/09_candidates.ipynb #45a40900
+def _rows(heads: torch.Tensor, size: int) -> torch.Tensor:
+    "Rows of heads of `size` rows each."
+    return (heads[:, None] * size + torch.arange(size)).flatten()
+
+
+def _mlp_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+    both = torch.cat([kept, unit.n_structures + kept])
+    return {"gate_proj": (0, kept), "up_proj": (0, kept), "gate_up_proj": (0, both), "down_proj": (1, kept)}
+
+
+def _attention_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+    kv_heads, _ = kv_index_of(kept, unit.n_structures // unit.n_kv_heads)
+    heads, kv = _rows(kept, unit.structure_size), _rows(kv_heads, unit.structure_size)
+    n_query, n_key = unit.n_structures * unit.structure_size, unit.n_kv_heads * unit.structure_size
+    joined = torch.cat([heads, n_query + kv, n_query + n_key + kv])
+    inputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "qkv_proj": joined}
+    return {part: (0, rows) for part, rows in inputs.items()} | {"o_proj": (1, heads)}
+
+
 def unit_slices(
     sublayer: nn.Module,  # the dense attention block or MLP
     unit: Unit,  # what it is
     kept: torch.Tensor,  # structures kept, ascending
 ) -> dict[str, tuple[int, torch.Tensor]]:
     "For each of its linear layers: the dimension that shrinks, and the indices that stay."
-    if unit.kind == "mlp":
-        slices = {"gate_proj": (0, kept), "up_proj": (0, kept), "gate_up_proj": (0, torch.cat([kept, unit.n_structures + kept])), "down_proj": (1, kept)}
-    else:
-        kv_heads, _ = kv_index_of(kept, unit.n_structures // unit.n_kv_heads)
-        heads, kv = _rows(kept, unit.structure_size), _rows(kv_heads, unit.structure_size)
-        n_query, n_key = unit.n_structures * unit.structure_size, unit.n_kv_heads * unit.structure_size
-        slices = {"q_proj": (0, heads), "k_proj": (0, kv), "v_proj": (0, kv), "qkv_proj": (0, torch.cat([heads, n_query + kv, n_query + n_key + kv])), "o_proj": (1, heads)}
+    slices = (_mlp_slices if unit.kind == "mlp" else _attention_slices)(unit, kept)
     return {part: where for part, where in slices.items() if hasattr(sublayer, part)}
 
-# %% ../nbs/09_candidates.ipynb #286eea6c
-def _materialize_unit(candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor, weight: torch.Tensor) -> None:
-    "Replace one unit of the candidate by its smaller version."
-    sublayer = copy.copy(candidate.get_submodule(unit.module))
+# %% ../nbs/09_candidates.ipynb #8997016f
+def _own_sublayer(candidate: nn.Module, path: str) -> nn.Module:
+    "Replace a sublayer of a skeleton by a shallow copy of its own; returns that."
+    sublayer = copy.copy(candidate.get_submodule(path))
     sublayer._modules = dict(sublayer._modules)
-    parent, _, name = unit.module.rpartition(".")
+    parent, _, name = path.rpartition(".")
     setattr(candidate.get_submodule(parent), name, sublayer)
+    return sublayer
+
+
+def _shrink_unit(
+    candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor, weight: torch.Tensor
+) -> None:
+    "Replace one unit of the candidate by its smaller version."
+    sublayer, dense = _own_sublayer(candidate, unit.module), model.get_submodule(unit.module)
     if unit.kind == "attn":
         shrink_attention(sublayer, kv_index_of(kept, unit.n_structures // unit.n_kv_heads)[1])
     else:
         shrink_mlp(sublayer, len(kept))
-    dense = model.get_submodule(unit.module)
     for part, (dimension, rows) in unit_slices(dense, unit, kept).items():
         source = getattr(dense, part)
         if dimension == 1:
-            _put(getattr(sublayer, part), weight, source.bias)
-        else:
-            rows = rows.to(source.weight.device)
-            _put(getattr(sublayer, part), source.weight.detach().index_select(0, rows), None if source.bias is None else source.bias.detach()[rows])
+            _fill(getattr(sublayer, part), weight, source.bias)
+            continue
+        rows = rows.to(source.weight.device)
+        bias = None if source.bias is None else source.bias.detach()[rows]
+        _fill(getattr(sublayer, part), source.weight.detach().index_select(0, rows), bias)
 
-
-def _own(candidate: nn.Module, model: nn.Module) -> None:
+# %% ../nbs/09_candidates.ipynb #1996bd6f
+def _own_parameters(candidate: nn.Module, model: nn.Module) -> None:
     "Clone every parameter still shared with the dense model, keeping ties, and make all trainable."
     shared = {id(parameter) for parameter in model.parameters()}
     clones: dict[int, nn.Parameter] = {}
@@ -98,24 +115,24 @@ def materialize(
     genome: Genome,  # one level per unit
     trainable: bool = True,  # False: share with the dense model what is not pruned (for scoring only)
 ) -> nn.Module:
-    "The pruned model of a genome: the class of the dense model, with smaller layers. Raises `ValueError` for a genome of another model."
+    "The pruned model of a genome, in the dense model's class; `ValueError` for a genome of another model."
     space = database.space
     space.check(genome)
-    candidate = _skeleton(model)
+    candidate, kept = _skeleton(model), {}
     _, layers = decoder_layers(candidate)
     for index, (unit, level) in enumerate(zip(space.units, genome.levels)):
+        kept[unit.name] = database.kept(index, level)
         if level == 0:
             continue
         if space.removed[index][level] == unit.n_structures:
             drop_sublayer(layers[unit.layer], unit.kind, norm_names(layers[unit.layer]))
-        else:
-            weight = database.weight(index, level)  # memory-mapped: training it in place would show in every later read
-            _materialize_unit(candidate, model, unit, database.kept(index, level), weight.to(model.device, copy=trainable))
+            continue
+        weight = database.weight(index, level)  # memory-mapped: a change would show in later reads
+        _shrink_unit(candidate, model, unit, kept[unit.name], weight.to(model.device, copy=trainable))
     renumber_cache(layers, getattr(model.config, "layer_types", None))
     if trainable:
-        _own(candidate, model)
-    candidate.shares_weights = not trainable
-    candidate.kept_structures = {unit.name: database.kept(index, level) for index, (unit, level) in enumerate(zip(space.units, genome.levels))}
+        _own_parameters(candidate, model)
+    candidate.shares_weights, candidate.kept_structures = not trainable, kept
     return candidate.eval()
 
 # %% ../nbs/09_candidates.ipynb #8b09169c
@@ -126,11 +143,12 @@ def dense_state(
 ) -> dict[str, torch.Tensor]:
     "The candidate's weights in the dense model's shapes: zeros where structures were removed."
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    placed = {name: slice(None) for name in state}
+    where = {name: slice(None) for name in state}
     for unit in units:
-        for part, (dimension, indices) in unit_slices(model.get_submodule(unit.module), unit, candidate.kept_structures[unit.name]).items():
-            placed[f"{unit.module}.{part}.weight"] = indices if dimension == 0 else (slice(None), indices)
-            placed[f"{unit.module}.{part}.bias"] = indices if dimension == 0 else slice(None)
+        slices = unit_slices(model.get_submodule(unit.module), unit, candidate.kept_structures[unit.name])
+        for part, (dimension, indices) in slices.items():
+            where[f"{unit.module}.{part}.weight"] = indices if dimension == 0 else (slice(None), indices)
+            where[f"{unit.module}.{part}.bias"] = indices if dimension == 0 else slice(None)
     for name, tensor in candidate.state_dict().items():
-        state[name][placed[name]] = tensor
+        state[name][where[name]] = tensor
     return state
