@@ -122,7 +122,7 @@ def test_fitness_with_lost_candidates_and_parents(histories):
 
 def test_fitness_that_is_no_ratio_is_shown_raw(small, tmp_path):
     "A divergence of zero has no ratio; another view is refused."
-    search = Search(tmp_path / "run", *small, small_pools(), short_config(generations=1), evaluator=lambda *of: dataclasses.replace(made_up(*of), fitness=0.0, disqualified=""))
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(generations=1), evaluator=by(lambda *of: dataclasses.replace(made_up(*of), fitness=0.0, disqualified="")))
     search.run(progress=False)
     assert "nats per token" in fitness_figure(History(tmp_path / "run")).axes[0].get_ylabel()
     with pytest.raises(ValueError, match="use one of relative, raw, log"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HeldOut', 'evaluate', 'write_task', 'TaskScore', 'load_tasks', 'zero_shot', 'EvaluationReport', 'evaluation_report']
 
-# %% ../../nbs/judge/02_evaluation.ipynb #6ab69e63
+# %% ../../nbs/judge/02_evaluation.ipynb #c9069f43
 import contextlib
 import copy
 import difflib
@@ -13,10 +13,9 @@ import io
 import json
 import logging
 import math
-import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,11 +27,11 @@ from tqdm import tqdm
 
 from ..data import TokenPool, begin_tokens
 from .latency import Latency, PeakMemory
-from ..search import provenance
-from ..losses import cross_entropy, perplexity
-from ..losses import final_hidden, head_is_linear
+from ..machine.device import provenance
+from ..losses import cross_entropy, final_hidden, head_is_linear, perplexity
+from ..machine.files import write_text
 
-# %% ../../nbs/judge/02_evaluation.ipynb #cfb42347
+# %% ../../nbs/judge/02_evaluation.ipynb #ef0806b9
 @dataclass(frozen=True)
 class HeldOut:
     "Held-out quality of a model."
@@ -44,6 +43,13 @@ class HeldOut:
     begin: tuple[int, ...] = ()  # token ids that each block began with (BOS), where the tokenizer adds them
 
 
+def _head_and_states(model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    "A head, and a function from tokens to what it reads; logits themselves where only the model knows them."
+    if head_is_linear(model):
+        return model.get_output_embeddings(), lambda batch: final_hidden(model, batch)
+    return nn.Identity(), lambda batch: model(input_ids=batch.to(model.device), use_cache=False).logits
+
+# %% ../../nbs/judge/02_evaluation.ipynb #deddea35
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # a causal LM: dense, candidate or reloaded
@@ -57,43 +63,53 @@ def evaluate(
     pool.require(n_tokens or pool.n_tokens)
     blocks = pool.blocks[: (n_tokens or pool.n_tokens) // pool.seq_len].long()
     batches = tqdm(blocks.split(batch_size), desc=progress, unit="batch", disable=not progress)
-    if head_is_linear(model):  # logits exist for a few positions at a time
-        head, states = model.get_output_embeddings(), lambda batch: final_hidden(model, batch)
-    else:  # scaled or capped after the head: only the model itself knows its logits
-        head, states = nn.Identity(), lambda batch: model(input_ids=batch.to(model.device), use_cache=False).logits
+    head, states = _head_and_states(model)
     total = sum(cross_entropy(head, states(batch), batch) * (batch.numel() - len(batch)) for batch in batches)
     n_predicted = blocks.numel() - len(blocks)
-    n_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True))
+    texts = tokenizer.batch_decode(blocks[:, 1:], skip_special_tokens=True)
+    n_bytes, n_params = sum(len(text.encode()) for text in texts), sum(p.numel() for p in model.parameters())
     nats = total / n_predicted
-    return HeldOut(nats, perplexity(nats), total / math.log(2) / n_bytes, n_predicted, sum(p.numel() for p in model.parameters()), pool.begin)
+    bits = total / math.log(2) / n_bytes
+    return HeldOut(nats, perplexity(nats), bits, n_predicted, n_params, pool.begin)
 
-# %% ../../nbs/judge/02_evaluation.ipynb #51e664da
-def write_task(
-    rows_file: str | Path,  # JSON lines {query, choices, gold}: the question, its possible answers, the index of the right one
-    directory: str | Path,  # where the task file goes; made if missing
-    name: str = "",  # of the task; that of the file by default
-    prompt: str = "{{query}}",  # Jinja template of what precedes a choice (and one space), e.g. "{{query}}\nAnswer:"
-) -> Path:
-    "Write a task of lm-evaluation-harness, `directory/name.yaml`, over a local file. Raises `ValueError` for rows that are no questions, by line."
-    rows_file, name = Path(rows_file), name or Path(rows_file).stem
+# %% ../../nbs/judge/02_evaluation.ipynb #93ea6554
+_EXAMPLE = '{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}'
+
+
+def _check_questions(rows_file: Path) -> None:
+    "Raise `ValueError` for a file that holds no questions, by line."
     if not rows_file.is_file():
         raise ValueError(f"no file of questions {str(rows_file)!r}")
-    lines = rows_file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold a raw U+2028
+    lines = rows_file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold a raw U+2028
     if not any(line.strip() for line in lines):
         raise ValueError(f"{rows_file} has no questions")
     for number, line in enumerate(lines, 1):
         if line.strip() and (problem := _not_a_question(line)):
-            raise ValueError(f"{rows_file}, line {number}: {problem}; a line must be like " + '{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}')
+            raise ValueError(f"{rows_file}, line {number}: {problem}; a line must be like {_EXAMPLE}")
+
+# %% ../../nbs/judge/02_evaluation.ipynb #d9a67b80
+def write_task(
+    rows_file: str | Path,  # JSON lines {query, choices, gold}: question, answers, index of the right one
+    directory: str | Path,  # where the task file goes; made if missing
+    name: str = "",  # of the task; that of the file by default
+    prompt: str = "{{query}}",  # Jinja template of what precedes a choice, e.g. "{{query}}\nAnswer:"
+) -> Path:
+    "Write a task of lm-evaluation-harness. Raises `ValueError` for rows that are no questions, by line."
+    rows_file, name = Path(rows_file), name or Path(rows_file).stem
+    _check_questions(rows_file)
+    metrics = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
     task = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows_file.resolve())}}, "test_split": "test", "output_type": "multiple_choice",
-        "doc_to_text": prompt, "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")], "metadata": {"version": 1.0}}
+        "task": name, "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows_file.resolve())}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": prompt, "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}", "metric_list": metrics, "metadata": {"version": 1.0}}
     path = Path(directory) / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(task, sort_keys=False))
     return path
 
-
+# %% ../../nbs/judge/02_evaluation.ipynb #cf0032eb
 def _not_a_question(line: str) -> str:
     "What is wrong with a row of a file of questions; empty when nothing is."
     try:
@@ -103,13 +119,14 @@ def _not_a_question(line: str) -> str:
     if not isinstance(row, dict) or (missing := {"query", "choices", "gold"} - set(row)):
         return f"lacks {', '.join(sorted(missing))}" if isinstance(row, dict) else "no JSON object"
     choices, gold = row["choices"], row["gold"]
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+    is_list = isinstance(choices, list) and len(choices) >= 2
+    if not is_list or not all(isinstance(choice, str) and choice for choice in choices):
         return f"choices must be two texts or more; got {choices!r}"
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
         return f"gold must be the index of one of {len(choices)} choices; got {gold!r}"
     return "" if isinstance(row["query"], str) else f"query must be text; got {row['query']!r}"
 
-# %% ../../nbs/judge/02_evaluation.ipynb #a72b9829
+# %% ../../nbs/judge/02_evaluation.ipynb #eae7d560
 @dataclass(frozen=True)
 class TaskScore:
     "What a model achieved in one task of lm-evaluation-harness."
@@ -120,13 +137,17 @@ class TaskScore:
 
 
 def _score(name: str, row: dict, results: dict) -> TaskScore:
-    "One row of the harness's results: its keys are like `acc,none` and `acc_stderr,none`, `none` being a filter of answers."
-    values = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and isinstance(value, (int, float))}
+    "One row of the harness's results; its keys are `acc,none`, `acc_stderr,none` (no filter)."
+    values = {
+        key.removesuffix(",none"): value
+        for key, value in row.items()
+        if "," in key and isinstance(value, (int, float))}
     stderr = {key.replace("_stderr", ""): value for key, value in values.items() if "_stderr" in key}
     metrics = {key: value for key, value in values.items() if "_stderr" not in key}
-    return TaskScore(metrics, stderr, results["n-samples"].get(name, {}).get("effective"), results["versions"].get(name))
+    return TaskScore(
+        metrics, stderr, results["n-samples"].get(name, {}).get("effective"), results["versions"].get(name))
 
-# %% ../../nbs/judge/02_evaluation.ipynb #31ca4d6e
+# %% ../../nbs/judge/02_evaluation.ipynb #7ebcdec1
 @contextlib.contextmanager
 def _keeping_random_state() -> Iterator[None]:
     "Python's global random generator, from which the harness draws, is left as it was."
@@ -148,36 +169,51 @@ def _log_level(name: str, level: int) -> Iterator[None]:
     finally:
         logger.setLevel(before)
 
-
-@_keeping_random_state()
-def load_tasks(
-    tasks: Sequence[str | Path],  # names that lm-evaluation-harness knows, or task files (.yaml), e.g. from `write_task`
-) -> dict:
-    "Tasks of lm-evaluation-harness, their data included. Raises `ValueError` for an unknown task, `RuntimeError` when the harness is not installed."
+# %% ../../nbs/judge/02_evaluation.ipynb #c4d2b598
+def _task_manager(with_index: bool):
+    "The harness's index of tasks. Raises `RuntimeError` when the harness is not installed."
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RuntimeError(f"zero-shot tasks need lm-evaluation-harness ({error}): pip install 'evoprune-nb[eval]'") from error
+        raise RuntimeError(
+            f"zero-shot tasks need lm-evaluation-harness ({error}): pip install 'evoprune-nb[eval]'"
+        ) from error
+    return TaskManager(include_defaults=with_index)
+
+
+def _check_task(name: str, known: Sequence[str]) -> None:
+    "Raise `ValueError` for a name that the harness does not know, with the nearest ones that it does."
+    if name not in known:
+        near = " or ".join(difflib.get_close_matches(name, known, n=3))
+        version, hint = metadata.version("lm_eval"), f"; did you mean {near}?" if near else ""
+        raise ValueError(f"lm-evaluation-harness {version} knows no task {name!r}{hint}")
+
+# %% ../../nbs/judge/02_evaluation.ipynb #a41f583c
+@_keeping_random_state()
+def load_tasks(
+    tasks: Sequence[str | Path],  # names that the harness knows, or task files (whose `!function` runs code)
+) -> dict:
+    "Tasks of lm-evaluation-harness, their data included. Raises `ValueError` for an unknown task."
     if not tasks:
-        raise ValueError("no task to evaluate on; name one of lm-evaluation-harness, such as 'arc_easy', or a task file")
+        raise ValueError(
+            "no task to evaluate on; name one of lm-evaluation-harness, such as 'arc_easy', or a task file")
     names = [str(task) for task in tasks]
     files = [name for name in names if Path(name).suffix in (".yaml", ".yml")]
     if missing := [name for name in files if not Path(name).is_file()]:
         raise ValueError(f"no task file {missing[0]!r}")
     with _log_level("lm_eval", logging.ERROR):
-        manager = TaskManager(include_defaults=files != names)  # reading the index of all tasks takes seconds
+        manager = _task_manager(with_index=files != names)
         for name in names:
-            if name not in files and name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-                raise ValueError(f"lm-evaluation-harness {metadata.version('lm_eval')} knows no task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            if name not in files:
+                _check_task(name, manager.all_tasks)
         loaded = manager.load(names)
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
     return loaded
 
-# %% ../../nbs/judge/02_evaluation.ipynb #67ec3416
+# %% ../../nbs/judge/02_evaluation.ipynb #65a5dbcc
 def _for_harness(model: nn.Module, tokenizer, batch_size: int):
-    "The model as the harness uses it: sequences begin as the tokenizer begins them, once, and end with their text."
+    "The model as the harness uses it: sequences begin as the tokenizer begins them and end with their text."
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
@@ -213,13 +249,41 @@ def zero_shot(
     tasks = tasks if isinstance(tasks, dict) else load_tasks(tasks)
     import lm_eval
 
-    was_training, quiet = model.training, contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    was_training, quiet = model.training, (
+        contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()))
     with quiet, _log_level("lm_eval", logging.ERROR):
-        results = lm_eval.evaluate(_for_harness(model, tokenizer, batch_size), tasks, limit=limit, log_samples=False)
+        results = lm_eval.evaluate(
+            _for_harness(model, tokenizer, batch_size), tasks, limit=limit, log_samples=False)
     model.train(was_training)
     return {name: _score(name, row, results) for name, row in results["results"].items()}
 
-# %% ../../nbs/judge/02_evaluation.ipynb #95748c2d
+# %% ../../nbs/judge/02_evaluation.ipynb #1fe14975
+def _heldout_rows(found: HeldOut, dtype: str) -> list[tuple[str, str]]:
+    "Held-out quality in words."
+    begin = "behind BOS" if found.begin else "no BOS: the tokenizer adds none"
+    return [
+        ("held-out perplexity", f"{found.perplexity:,.3f} (computed in {dtype})"),
+        ("held-out bits per byte", f"{found.bits_per_byte:.4f}"),
+        ("held-out tokens", f"{found.n_tokens:,} ({begin})")]
+
+
+def _task_rows(name: str, score: TaskScore) -> list[tuple[str, str]]:
+    "Scores of a task in words."
+    spread = {metric: f" ± {value:.4f}" for metric, value in score.stderr.items()}
+    n = f" ({score.n:,} questions)" if score.n else ""
+    return [
+        (f"{name} {metric}", f"{value:.4f}{spread.get(metric, '')}{n}")
+        for metric, value in score.metrics.items()]
+
+
+def _latency_rows(latency: Latency) -> list[tuple[str, str]]:
+    "Times in words."
+    timed = {"prefill": latency.prefill_tokens_per_second, "decode": latency.decode_tokens_per_second}
+    return [
+        (f"{phase}, median (quartiles)", f"{getattr(latency, phase)}, {rate:,.0f} tokens/s")
+        for phase, rate in timed.items()]
+
+# %% ../../nbs/judge/02_evaluation.ipynb #ac69e0b1
 @dataclass(frozen=True)
 class EvaluationReport:
     "All that was measured on one model, with the conditions."
@@ -242,31 +306,26 @@ class EvaluationReport:
         "Write as JSON, whole or not at all."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
     def rows(self) -> list[dict[str, str]]:
         "As a table of measures and values, for people."
         rows = [("parameters", f"{self.n_params:,} ({self.dtype})")]
-        if self.heldout:
-            h = self.heldout
-            rows += [("held-out perplexity", f"{h.perplexity:,.3f}"), ("held-out bits per byte", f"{h.bits_per_byte:.4f}"), ("held-out tokens", f"{h.n_tokens:,} ({'behind BOS' if h.begin else 'no BOS: the tokenizer adds none'})")]
-        for name, score in self.tasks.items():
-            for metric, value in score.metrics.items():
-                spread = f" ± {score.stderr[metric]:.4f}" if metric in score.stderr else ""
-                rows.append((f"{name} {metric}", f"{value:.4f}{spread}" + (f" ({score.n:,} questions)" if score.n else "")))
+        rows += _heldout_rows(self.heldout, self.dtype) if self.heldout else []
+        rows += [row for name, score in self.tasks.items() for row in _task_rows(name, score)]
         if self.latency:
-            for phase in ("prefill", "decode"):
-                rows.append((f"{phase}, median (quartiles)", f"{getattr(self.latency, phase)}, {getattr(self.latency, f'{phase}_tokens_per_second'):,.0f} tokens/s"))
-            rows.append(("key/value cache", f"{self.kv_bytes_per_token:,} bytes per token"))
+            rows += _latency_rows(self.latency) + [
+                ("key/value cache", f"{self.kv_bytes_per_token:,} bytes per token")]
         if self.memory:
             rows.append(("peak main memory", f"{self.memory.host / 2**20:,.0f} MiB"))
-            rows += [("peak device memory", f"{self.memory.device / 2**20:,.0f} MiB")] if self.memory.device else []
+            rows += (
+                [("peak device memory", f"{self.memory.device / 2**20:,.0f} MiB")]
+                if self.memory.device
+                else [])
         return [{"measure": name, "value": value} for name, value in rows]
 
-
+# %% ../../nbs/judge/02_evaluation.ipynb #271718da
 def evaluation_report(
     model: nn.Module,  # what was evaluated
     name: str,  # how to call it
@@ -278,4 +337,10 @@ def evaluation_report(
     if measured.get("tasks"):
         origin["packages"]["lm_eval"] = metadata.version("lm_eval")
     origin["time"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return EvaluationReport(name, sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch."), conditions=conditions or {}, provenance=origin, **measured)
+    return EvaluationReport(
+        name,
+        sum(p.numel() for p in model.parameters()),
+        str(model.dtype).removeprefix("torch."),
+        conditions=conditions or {},
+        provenance=origin,
+        **measured)
