@@ -6,9 +6,8 @@
 __all__ = ['PHASES', 'unit_shape', 'unit_shapes', 'UnitLatency', 'with_latency', 'device_name', 'latency_conditions',
            'check_conditions', 'open_unit_latency', 'with_stored_latency']
 
-# %% ../nbs/09a_latency_table.ipynb #c5290173
+# %% ../nbs/09a_latency_table.ipynb #c6330935
 import hashlib
-import json
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from .candidates import kv_index_of
 from .costs import attention_window
 from .database import LevelDatabase
 from .genome import Space
+from .machine.files import read_json
 from .models import decoder_layers
 
 # %% ../nbs/09a_latency_table.ipynb #902ee605
@@ -29,7 +29,7 @@ def unit_shape(
     unit: int,  # index of a unit
     level: int,  # one of its levels
 ) -> str:
-    "A name for the shape of a unit at a level, the same for units that run alike; empty when nothing is left of it."
+    "A name for the shape of a unit at a level, the same for units that run alike; empty when it is gone."
     row, kept = database.units[unit], database.kept(unit, level)
     if len(kept) == 0:
         return ""
@@ -47,8 +47,11 @@ def unit_shapes(
     database: LevelDatabase,  # its level database
 ) -> tuple[tuple[str, ...], ...]:
     "The shapes of all units at all levels."
-    n_levels = [database.space.n_levels(unit) for unit in range(len(database.units))]
-    return tuple(tuple(unit_shape(model, database, unit, level) for level in range(n)) for unit, n in enumerate(n_levels))
+    def shapes(unit: int) -> tuple[str, ...]:
+        levels = range(database.space.n_levels(unit))
+        return tuple(unit_shape(model, database, unit, level) for level in levels)
+
+    return tuple(map(shapes, range(len(database.units))))
 
 # %% ../nbs/09a_latency_table.ipynb #394243e4
 PHASES = ("prefill", "decode")  # reading the prompt; writing one token after it
@@ -81,10 +84,12 @@ def with_latency(
     table: UnitLatency,  # from `open_unit_latency`, or just measured
 ) -> Space:
     "The space with costs in \"latency\": seconds to read the table's prompt and write its new tokens."
-    if space.fingerprint != (theirs := table.conditions["space"]):
-        raise ValueError(f"the latency table is of another space: its fingerprint is {theirs}, this one's is {space.fingerprint}")
+    if (mine := space.fingerprint) != (theirs := table.conditions["space"]):
+        raise ValueError(
+            f"the latency table is of another space: its fingerprint is {theirs}, this one's is {mine}")
     costs = tuple(tuple(map(table.cost, row)) for row in table.shapes)
-    return replace(space, costs=space.costs | {"latency": costs}, fixed=space.fixed | {"latency": table.cost("fixed")})
+    fixed = space.fixed | {"latency": table.cost("fixed")}
+    return replace(space, costs=space.costs | {"latency": costs}, fixed=fixed)
 
 # %% ../nbs/09a_latency_table.ipynb #ebb42d78
 def device_name(
@@ -125,7 +130,8 @@ def check_conditions(
     if differing:
         values = ", ".join(f"{name} ({found.get(name)!r} there, {wanted[name]!r} here)" for name in differing)
         raise ValueError(
-            f"{path} was measured under other conditions: {values}. Choose another name for a new table, or delete the file")
+            f"{path} was measured under other conditions: {values}. "
+            "Choose another name for a new table, or delete the file")
 
 # %% ../nbs/09a_latency_table.ipynb #63c9a85c
 def open_unit_latency(
@@ -137,15 +143,17 @@ def open_unit_latency(
     "The finished table of a database; `ValueError` says what is missing, or which condition differs."
     path = database.directory / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"{database.directory} holds no latency table {name!r}; make one with measure_unit_latency")
-    row, wanted = json.loads(path.read_text()), latency_conditions(model, database)
+        raise ValueError(
+            f"{database.directory} holds no latency table {name!r}; make one with measure_unit_latency")
+    row, wanted = read_json(path), latency_conditions(model, database)
     checked = ("model", "space", "database") if elsewhere else tuple(wanted)
     check_conditions(path, row["conditions"], {key: wanted[key] for key in checked})
     shapes = unit_shapes(model, database)
     needed = {"fixed", *(shape for levels in shapes for shape in levels)} - {""}
     if missing := needed - set(row["seconds"]):
         raise ValueError(
-            f"{path} is unfinished: {len(missing)} of {len(needed)} shapes are missing; call measure_unit_latency again to continue")
+            f"{path} is unfinished: {len(missing)} of {len(needed)} shapes are missing; "
+            "call measure_unit_latency again to continue")
     return UnitLatency(row["conditions"], shapes, row["seconds"])
 
 # %% ../nbs/09a_latency_table.ipynb #3f07dc09
