@@ -20,53 +20,115 @@ from ..paper.figures import candidate_names, lineage, swaps
 from ..genome import Genome, Space
 from ..history import History
 
-# %% ../../nbs/ui/01_panel.ipynb #08e557b6
-STYLE = """<style>
-.evo, .evo .widget-html-content { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
-.evo .widget-html-content { overflow-wrap: anywhere; }
-.evo .evo-card { border: 1px solid var(--jp-border-color2, #ddd); border-radius: 8px; background: var(--jp-layout-color1, #fff); overflow: hidden; }
-.evo .evo-card > *, .evo .widget-html, .evo .widget-html-content { min-width: 0; max-width: 100%; }
-.evo .widget-html-content { width: 100%; }
-.evo .evo-card h3 { margin: 0; font-size: 14px; font-weight: 600; }
-.evo h3 small { font-weight: 400; font-size: 12px; color: var(--jp-ui-font-color2, #555); margin-left: 6px; }
-.evo-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; }
-.evo-title b { font-size: 18px; } .evo-title code { font-size: 12px; color: var(--jp-ui-font-color2, #555); background: none; }
-.evo-badge { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 12px; font-weight: 600; color: #fff; background: #59636e; }
-.evo-running { background: #0072B2; } .evo-finished { background: #00785a; } .evo-failed { background: #b34a00; } .evo-paused { background: #7d5700; } .evo-preparing { background: #0072B2; }
-.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px 20px; }
-.evo-stats div { min-width: 0; } .evo-stats b { display: block; font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px; }
-.evo table { border-collapse: collapse; width: 100%; max-width: 760px; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-.evo th, .evo td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--jp-border-color3, #eee); background: none; }
-.evo th { font-weight: 600; color: var(--jp-ui-font-color2, #555); } .evo th:first-child, .evo td:first-child { text-align: left; padding-left: 0; }
-.evo details { margin-top: 6px; } .evo summary { cursor: pointer; }
-.evo pre { box-sizing: border-box; max-width: 100%; max-height: 260px; overflow: auto; font-size: 11.5px; line-height: 1.4; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #222); padding: 8px; border-radius: 4px; white-space: pre; }
-.evo-error { border-left: 4px solid #D55E00; padding: 4px 10px; }
-.evo .evo-good { color: #00785a; } .evo .evo-bad { color: #b34a00; }
-[data-jp-theme-light="false"] .evo .evo-good { color: #35c79d; } [data-jp-theme-light="false"] .evo .evo-bad { color: #ff9a57; }
-.evo-figure { margin: 0 auto; overflow-x: auto; } .evo-figure svg { display: block; width: 100%; min-width: var(--least); height: auto; }
-.evo-list { margin: 0; padding: 0; list-style: none; max-height: 210px; overflow-y: auto; } .evo-list li { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 0 10px; padding: 2px 0; border-bottom: 1px solid var(--jp-border-color3, #eee); }
-.evo-list em { font-style: normal; color: var(--jp-ui-font-color2, #555); font-variant-numeric: tabular-nums; }
-.evo-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px 16px; } .evo-pair b { color: var(--jp-ui-font-color2, #555); font-weight: 600; font-size: 12px; }
-.evo-pair p { margin: 2px 0 0; white-space: pre-wrap; } .evo-pair i { font-style: normal; color: var(--jp-ui-font-color2, #555); }
-.evo .evo-cell { padding: 0 1px; min-width: 0; font-size: 11px; line-height: 26px; border-radius: 2px; border: 1px solid transparent; font-variant-numeric: tabular-nums; overflow: hidden; text-overflow: clip; }
-.evo .evo-cell.evo-tall { writing-mode: vertical-rl; line-height: 24px; }
-.evo .evo-cell:focus-visible { outline: 3px solid #56B4E9; outline-offset: 1px; }
-.evo .evo-cell.evo-changed { box-shadow: inset 0 0 0 3px #D55E00; }
-.evo .evo-cell.evo-selected { outline: 2px solid var(--jp-ui-font-color1, #222); outline-offset: 1px; }
-.evo .evo-cell.evo-frozen { background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.2) 0 2px, transparent 2px 8px); } .evo .evo-cell i { font-size: 9px; margin: 0 2px 0 0; }
-.evo .evo-axis { font-size: 11px; color: var(--jp-ui-font-color2, #555); text-align: center; } .evo .evo-axis .widget-html-content { text-align: center; font-size: 11px; }
-.evo .jupyter-button:focus-visible, .evo input:focus-visible, .evo select:focus-visible { outline: 2px solid #56B4E9; outline-offset: 1px; }
-.evo .widget-dropdown > select { background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M4 6.5l5 5 5-5' fill='none' stroke='%23808080' stroke-width='2'/%3E%3C/svg%3E"); }
-.evo .evo-field { flex-direction: column; align-items: stretch; height: auto; } .evo .evo-field > .widget-label { width: auto; height: 20px; line-height: 20px; margin: 0; text-align: left; font-size: 12px; color: var(--jp-ui-font-color2, #555); }
-.evo .evo-field > input, .evo .evo-field > select { flex: 0 0 28px; width: 100%; }
-.evo .evo-bare > .widget-label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.evo .widget-label { color: var(--jp-ui-font-color1, #222); }
-.evo .jupyter-button { height: 28px; } .evo .jupyter-button:disabled { opacity: .45; }
-</style>"""
+# %% ../../nbs/ui/01_panel.ipynb #5e032ab2
+_CARDS = """\
+.evo, .evo .widget-html-content {
+  font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.45; color:
+  var(--jp-ui-font-color1, #222); }
+.evo .widget-html-content { overflow-wrap: anywhere;}
+.evo .evo-card {
+  border: 1px solid var(--jp-border-color2, #ddd); border-radius: 8px; background: var(--jp-layout-color1,
+  #fff); overflow: hidden; }
+.evo .evo-card > *, .evo .widget-html, .evo .widget-html-content { min-width: 0; max-width: 100%;}
+.evo .widget-html-content { width: 100%;}
+.evo .evo-card h3 { margin: 0; font-size: 14px; font-weight: 600;}
+.evo h3 small { font-weight: 400; font-size: 12px; color: var(--jp-ui-font-color2, #555); margin-left: 6px;}
+.evo-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px;}
+.evo-title b { font-size: 18px;}
+.evo-title code { font-size: 12px; color: var(--jp-ui-font-color2, #555); background: none;}
+.evo-badge {
+  display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 12px; font-weight: 600; color:
+  #fff; background: #59636e; }
+.evo-running { background: #0072B2;}
+.evo-finished { background: #00785a;}
+.evo-failed { background: #b34a00;}
+.evo-paused { background: #7d5700;}
+.evo-preparing { background: #0072B2;}
+"""
 
-# %% ../../nbs/ui/01_panel.ipynb #b8da42a7
-_PAGE = {"#010206": "var(--jp-layout-color1, #ffffff)", "#010203": "var(--jp-ui-font-color1, #1f2328)", "#010204": "var(--jp-ui-font-color2, #59636e)", "#010205": "var(--jp-border-color2, #d9dee3)"}
+# %% ../../nbs/ui/01_panel.ipynb #d729701c
+_TABLES = """\
+.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px 20px;}
+.evo-stats div { min-width: 0;}
+.evo-stats b { display: block; font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums;}
+.evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
+.evo table {
+  border-collapse: collapse; width: 100%; max-width: 760px; font-size: 12.5px; font-variant-numeric:
+  tabular-nums; }
+.evo th, .evo td {
+  text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--jp-border-color3, #eee); background:
+  none; }
+.evo th { font-weight: 600; color: var(--jp-ui-font-color2, #555);}
+.evo th:first-child, .evo td:first-child { text-align: left; padding-left: 0;}
+.evo details { margin-top: 6px;}
+.evo summary { cursor: pointer;}
+.evo pre {
+  box-sizing: border-box; max-width: 100%; max-height: 260px; overflow: auto; font-size: 11.5px;
+  line-height: 1.4; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #222);
+  padding: 8px; border-radius: 4px; white-space: pre; }
+.evo-error { border-left: 4px solid #D55E00; padding: 4px 10px;}
+.evo .evo-good { color: #00785a;}
+.evo .evo-bad { color: #b34a00;}
+[data-jp-theme-light="false"] .evo .evo-good { color: #35c79d;}
+[data-jp-theme-light="false"] .evo .evo-bad { color: #ff9a57;}
+.evo-figure { margin: 0 auto; overflow-x: auto;}
+.evo-figure svg { display: block; width: 100%; min-width: var(--least); height: auto;}
+.evo-list { margin: 0; padding: 0; list-style: none; max-height: 210px; overflow-y: auto;}
+.evo-list li {
+  display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 0 10px; padding: 2px 0;
+  border-bottom: 1px solid var(--jp-border-color3, #eee); }
+.evo-list em { font-style: normal; color: var(--jp-ui-font-color2, #555); font-variant-numeric: tabular-nums;}
+.evo-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px 16px;}
+.evo-pair b { color: var(--jp-ui-font-color2, #555); font-weight: 600; font-size: 12px;}
+.evo-pair p { margin: 2px 0 0; white-space: pre-wrap;}
+.evo-pair i { font-style: normal; color: var(--jp-ui-font-color2, #555);}
+"""
+
+# %% ../../nbs/ui/01_panel.ipynb #983f6d12
+_CELLS = """\
+.evo .evo-cell {
+  padding: 0 1px; min-width: 0; font-size: 11px; line-height: 26px; border-radius: 2px; border: 1px solid
+  transparent; font-variant-numeric: tabular-nums; overflow: hidden; text-overflow: clip; }
+.evo .evo-cell.evo-tall { writing-mode: vertical-rl; line-height: 24px;}
+.evo .evo-cell:focus-visible { outline: 3px solid #56B4E9; outline-offset: 1px;}
+.evo .evo-cell.evo-changed { box-shadow: inset 0 0 0 3px #D55E00;}
+.evo .evo-cell.evo-selected { outline: 2px solid var(--jp-ui-font-color1, #222); outline-offset: 1px;}
+.evo .evo-cell.evo-frozen {
+  background-image: repeating-linear-gradient(45deg, rgba(255,255,255,.2) 0 2px, transparent 2px 8px); }
+.evo .evo-cell i { font-size: 9px; margin: 0 2px 0 0;}
+.evo .evo-axis { font-size: 11px; color: var(--jp-ui-font-color2, #555); text-align: center;}
+.evo .evo-axis .widget-html-content { text-align: center; font-size: 11px;}
+"""
+
+# %% ../../nbs/ui/01_panel.ipynb #7ab41e7c
+_FIELDS = """\
+.evo .jupyter-button:focus-visible, .evo input:focus-visible, .evo select:focus-visible {
+  outline: 2px solid #56B4E9; outline-offset: 1px; }
+.evo .evo-field { flex-direction: column; align-items: stretch; height: auto;}
+.evo .evo-field > .widget-label {
+  width: auto; height: 20px; line-height: 20px; margin: 0; text-align: left; font-size: 12px; color:
+  var(--jp-ui-font-color2, #555); }
+.evo .evo-field > input, .evo .evo-field > select { flex: 0 0 28px; width: 100%;}
+.evo .evo-bare > .widget-label {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.evo .widget-label { color: var(--jp-ui-font-color1, #222);}
+.evo .jupyter-button { height: 28px;}
+.evo .jupyter-button:disabled { opacity: .45;}
+"""
+_ARROW = (
+    ".evo .widget-dropdown > select { background-image: url(\"data:image/svg+xml,"
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' "
+    "viewBox='0 0 18 18'%3E%3Cpath d='M4 6.5l5 5 5-5' fill='none' "
+    "stroke='%23808080' stroke-width='2'/%3E%3C/svg%3E\"); }")
+STYLE = f"<style>\n{_CARDS}{_TABLES}{_CELLS}{_FIELDS}{_ARROW}\n</style>"
+
+# %% ../../nbs/ui/01_panel.ipynb #4bff9fcd
+_PAGE = {  # stand-in colour → colour of the page
+    "#010206": "var(--jp-layout-color1, #ffffff)",
+    "#010203": "var(--jp-ui-font-color1, #1f2328)",
+    "#010204": "var(--jp-ui-font-color2, #59636e)",
+    "#010205": "var(--jp-border-color2, #d9dee3)",
+}
 
 
 def picture(
@@ -80,8 +142,11 @@ def picture(
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for stand_in, color in _PAGE.items():
         svg = svg.replace(stand_in, color)
-    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"(?=[^>]*viewBox)| width="[\d.]+pt"(?=[^>]*viewBox)', "", svg, count=2)
-    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="max-width:{figure.get_figwidth() * 118:.0f}px; --least:{figure.get_figwidth() * 66:.0f}px">{svg}</div>'
+    sizes = r' width="[\d.]+pt" height="[\d.]+pt"| (?:height|width)="[\d.]+pt"(?=[^>]*viewBox)'
+    svg = re.sub(sizes, "", svg, count=2)
+    most, least = figure.get_figwidth() * 118, figure.get_figwidth() * 66  # pixels; a narrower window scrolls
+    style = f"max-width:{most:.0f}px; --least:{least:.0f}px"
+    return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="{style}">{svg}</div>'
 
 # %% ../../nbs/ui/01_panel.ipynb #1ca25c11
 def short(number: float) -> str:
@@ -103,12 +168,14 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
-# %% ../../nbs/ui/01_panel.ipynb #141a33f1
+# %% ../../nbs/ui/01_panel.ipynb #4886bbb4
 def stats_html(
     pairs: dict[str, str],  # what → value
 ) -> str:
     "Values in a grid, each above its name."
-    return '<div class="evo-stats">' + "".join(f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>" for name, value in pairs.items()) + "</div>"
+    item = lambda name, value: f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>"
+    items = (item(*pair) for pair in pairs.items())
+    return f'<div class="evo-stats">{"".join(items)}</div>'
 
 
 def badge(status: str) -> str:
@@ -124,7 +191,8 @@ def error_html(
     if not error:
         return ""
     last = error.strip().splitlines()[-1]
-    return f'<div class="evo-error" role="alert"><b>{escape(what)}</b> {escape(last)}<details><summary>traceback</summary><pre>{escape(error.strip())}</pre></details></div>'
+    folded = f"<details><summary>traceback</summary><pre>{escape(error.strip())}</pre></details>"
+    return f'<div class="evo-error" role="alert"><b>{escape(what)}</b> {escape(last)}{folded}</div>'
 
 
 def table(
@@ -133,9 +201,10 @@ def table(
 ) -> str:
     "An HTML table; the first column is text, the others are numbers."
     cells = lambda row, tag: "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
-    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</tbody></table>"
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/ui/01_panel.ipynb #813d81ed
+# %% ../../nbs/ui/01_panel.ipynb #897ada29
 def generation_progress(
     history: History,  # of a run
 ) -> tuple[int, int]:
@@ -145,8 +214,16 @@ def generation_progress(
         return 0, sum(history.rules.candidates)
     last = goes.iloc[-1]
     joined = len(last.offspring) - last.rules.offspring
-    done = int(((frame.generation == last.generation) & (frame.branch == last.branch)).sum()) if last.status != "abandoned" else 0
+    mine = (frame.generation == last.generation) & (frame.branch == last.branch)
+    done = int(mine.sum()) if last.status != "abandoned" else 0
     return done, sum(last.rules.candidates) + joined
+
+
+def _shown_stage(history: History) -> int | None:
+    "The stage under way; between two evaluations, that of the last one."
+    here = history.evaluations.query("branch == @history.branch and generation == @history.generation")
+    stage = history.state["stage"]
+    return stage if stage is not None or here.empty else int(here.stage.iloc[-1])
 
 
 def run_stats(
@@ -154,43 +231,51 @@ def run_stats(
     memory: int | None = None,  # bytes used by the process that drives it, where known
 ) -> dict[str, str]:
     "The numbers of the run card."
-    state, rules = history.state, history.rules_in_force
-    done, total, left = history.progress
+    state, rules, stage = history.state, history.rules_in_force, _shown_stage(history)
+    left = history.progress[2]
     used, seconds = sum(history.tokens.values()), history.seconds
     names = candidate_names(history, history.generation, history.branch)
     candidate = state.get("candidate") if state["status"] == "running" else None
-    here = history.evaluations.query("branch == @history.branch and generation == @history.generation")
-    stage = state["stage"] if state["stage"] is not None or here.empty else int(here.stage.iloc[-1])  # between two evaluations, the stage of the last one
     generation = min(history.generation + 1, rules.generations)
+    on_branch = f", branch {history.branch}" if history.branch else ""
     return {
-        "generation" + (f", branch {history.branch}" if history.branch else ""): f"{generation} of {rules.generations}",
+        f"generation{on_branch}": f"{generation} of {rules.generations}",
         "stage": "–" if stage is None or history.finished else f"{stage + 1} of {len(rules.stages)}",
         "candidate": names.get(candidate, "new") if candidate else "–",
         "tokens used": short(used),
         "time used": duration(seconds),
-        "time left": "–" if history.finished else f"≈ {duration(left)}" if left is not None else "–",
+        "time left": "–" if history.finished or left is None else f"≈ {duration(left)}",
         "tokens per second": short(used / seconds) if seconds else "–",
         "memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
     }
 
-# %% ../../nbs/ui/01_panel.ipynb #04d5a9c8
+# %% ../../nbs/ui/01_panel.ipynb #061dae71
 def candidate_options(
     history: History,  # of a run
     generation: int,  # which one
     branch: int,  # on which branch
 ) -> list[tuple[str, str]]:
-    "(label, genome code) of every candidate of a generation that has been evaluated: furthest first, then by fitness."
+    "(label, genome code) of every evaluated candidate of a generation: furthest first, then by fitness."
     frame = history.evaluations
     frame = frame[(frame.generation == generation) & (frame.branch == branch)]
     if frame.empty:
         return []
     names = candidate_names(history, generation, branch)
-    last = frame.sort_values("stage").groupby("genome", sort=False).tail(1).sort_values(["stage", "rank"], ascending=[False, True])
+    last = frame.sort_values("stage").groupby("genome", sort=False).tail(1)
+    last = last.sort_values(["stage", "rank"], ascending=[False, True])
     fate = {True: "survived stage", False: "fell in stage"}
-    return [(f"{names.get(row.genome, row.genome)} · {fate.get(row.survived, 'in stage')} {row.stage + 1} · {row.fitness:.4g}", row.genome) for row in last.itertuples()]
+    name = lambda row: names.get(row.genome, row.genome)
+    place = lambda row: fate.get(row.survived, "in stage")
+    label = lambda row: f"{name(row)} · {place(row)} {row.stage + 1} · {row.fitness:.4g}"
+    return [(label(row), row.genome) for row in last.itertuples()]
 
-# %% ../../nbs/ui/01_panel.ipynb #09c97cb0
-_MEASURES = {"params": ("parameters", 1, ""), "flops": ("FLOPs per token", 1, ""), "latency": ("estimated latency", 1e3, " ms"), "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB")}  # name, scale and unit for people
+# %% ../../nbs/ui/01_panel.ipynb #bc6feff2
+_MEASURES = {  # measure → name, scale and unit for people
+    "params": ("parameters", 1, ""),
+    "flops": ("FLOPs per token", 1, ""),
+    "latency": ("estimated latency", 1e3, " ms"),
+    "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB"),
+}
 
 
 def cost_rows(
@@ -212,19 +297,21 @@ def candidate_html(
     space: Space,  # what its levels cost
 ) -> str:
     "What a candidate costs, beside the dense model."
-    missing = "" if "latency" in space.costs else '<p class="evo-quiet">No latency is estimated: this database has no measured latencies.</p>'
-    return table(("", "candidate", "dense", "share"), cost_rows(genome, space)) + missing
+    rows = table(("", "candidate", "dense", "share"), cost_rows(genome, space))
+    if "latency" in space.costs:
+        return rows
+    return rows + '<p class="evo-quiet">No latency is estimated: this database has no measured latencies.</p>'
 
-# %% ../../nbs/ui/01_panel.ipynb #928fbc4f
+# %% ../../nbs/ui/01_panel.ipynb #fb8fbe12
 def continuation_html(
     prompt: str,  # as typed
     texts: dict[str, str],  # name of the model → its continuation
 ) -> str:
     "What models make of a prompt, side by side."
-    parts = (f"<div><b>{escape(name)}</b><p><i>{escape(prompt)}</i>{escape(text)}</p></div>" for name, text in texts.items())
-    return f'<div class="evo-pair">{"".join(parts)}</div>'
+    part = lambda name, text: f"<div><b>{escape(name)}</b><p><i>{escape(prompt)}</i>{escape(text)}</p></div>"
+    return f'<div class="evo-pair">{"".join(part(*pair) for pair in texts.items())}</div>'
 
-# %% ../../nbs/ui/01_panel.ipynb #dc498fc2
+# %% ../../nbs/ui/01_panel.ipynb #7f2823ec
 def lineage_html(
     history: History,  # of a run
 ) -> str:
@@ -236,7 +323,8 @@ def lineage_html(
             items.append(f"<li><em>generation {generation + 1}</em><span>{escape(words)}</span></li>")
     if not items:
         return '<p class="evo-quiet">No offspring has replaced its parent yet.</p>'
-    return f'<ul class="evo-list" tabindex="0" aria-label="winners and their swaps">{"".join(reversed(items))}</ul>'
+    listed = "".join(reversed(items))
+    return f'<ul class="evo-list" tabindex="0" aria-label="winners and their swaps">{listed}</ul>'
 
 
 def log_html(
@@ -251,20 +339,23 @@ def log_html(
     for row in history.generations.itertuples():
         if row.retarget:
             moved = ", ".join(f"{unit} {a}→{b}" for unit, a, b in row.retarget)
-            items.append(f"<li><em>generation {row.generation + 1}</em><span>parent fitted to the new budget by the cheapest changes: {escape(moved)}</span></li>")
+            words = f"parent fitted to the new budget by the cheapest changes: {escape(moved)}"
+            items.append(f"<li><em>generation {row.generation + 1}</em><span>{words}</span></li>")
     if not items:
-        return '<p class="evo-quiet">Nothing was steered yet: every command will be listed here, and is part of the run.</p>'
+        return '<p class="evo-quiet">Nothing was steered yet: every command will be listed here.</p>'
     return f'<ul class="evo-list" tabindex="0" aria-label="commands">{"".join(items)}</ul>'
 
-# %% ../../nbs/ui/01_panel.ipynb #2c0dea02
+# %% ../../nbs/ui/01_panel.ipynb #5d52f6fd
 def budget_html(
     history: History,  # of a run
 ) -> str:
     "Tokens used and planned by purpose, and the rules that the plan follows."
     used, planned = history.tokens, history.planned_tokens
-    rows = [(name, f"{used[name]:,}", f"{planned[name]:,}", f"{used[name] / planned[name]:.0%}" if planned[name] else "–") for name in ("tuning", "scoring")]
-    total = sum(used.values()), sum(planned.values())
-    rows.append(("in all", f"{total[0]:,}", f"{total[1]:,}", f"{total[0] / total[1]:.0%}" if total[1] else "–"))
+    counts = [(name, used[name], planned[name]) for name in ("tuning", "scoring")]
+    counts.append(("in all", sum(used.values()), sum(planned.values())))
+    rows = [(name, f"{a:,}", f"{b:,}", f"{a / b:.0%}" if b else "–") for name, a, b in counts]
     source = asdict(history.source) if history.source else {}
-    facts = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in source.items() if value is not None)
-    return table(("tokens", "used", "planned", "share"), rows) + (f'<p class="evo-quiet">{escape(facts)}</p>' if facts else "")
+    known = {name.replace("_", " "): value for name, value in source.items() if value is not None}
+    facts = escape(" · ".join(f"{name}: {value}" for name, value in known.items()))
+    shares = table(("tokens", "used", "planned", "share"), rows)
+    return shares + (f'<p class="evo-quiet">{facts}</p>' if facts else "")
