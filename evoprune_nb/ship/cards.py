@@ -53,7 +53,7 @@ def own_files(
 ) -> list[Path]:
     "The files in a checkpoint's directory, without links that lead out of it."
     directory, root = Path(directory), Path(directory).resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]  # the hub's cache
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     inside = lambda path: any(path.resolve().is_relative_to(home) for home in homes)
     return sorted(path for path in directory.iterdir() if path.is_file() and inside(path))
 
@@ -120,11 +120,11 @@ def eval_results(
 
 def card_data(card: Card) -> ModelCardData:
     "The front matter of a card."
-    results = eval_results(card.scores)
+    name, results = f"{Path(card.base_model).name or 'model'} pruned", eval_results(card.scores)
     return ModelCardData(
         license=card.license or "unknown", base_model=hub_id(card.base_model), pipeline_tag="text-generation",
         library_name="gguf" if card.form == "gguf" else "transformers", tags=["evoprune", "pruned"],
-        **({"model_name": f"{Path(card.base_model).name or 'model'} pruned", "eval_results": results} if results else {}))
+        **({"model_name": name, "eval_results": results} if results else {}))
 
 # %% ../../nbs/ship/01_cards.ipynb #f7666983
 def _cell(value: object) -> str:
@@ -198,7 +198,8 @@ _TEMPLATE = """---
 {% endif %}{% if note %}
 {{ note }}
 {% endif %}"""
-_NO_LICENSE = "That of the base model, which this directory's maker could not read from its card: look it up before use."
+_NO_LICENSE = ("That of the base model, which this directory's maker could not read from its card: "
+               "look it up before use.")
 
 # %% ../../nbs/ship/01_cards.ipynb #01468941
 def _scores(scores: Mapping) -> str:
@@ -219,13 +220,13 @@ def card_text(
     return str(ModelCard.from_template(
         card_data(card), template_str=_TEMPLATE, kind=stock_class(model).__name__,
         base=f" of {as_text(base)}" if base else "", n_params=f"{counts['parameters']:,}",
-        picture=card.figure is not None, snippet=_SNIPPETS[card.form], sizes=table(counts, ("what", "how much")),
-        scores=card.scores and _scores(card.scores), origin=origin and table(origin),
+        picture=card.figure is not None, snippet=_SNIPPETS[card.form],
+        sizes=table(counts, ("what", "how much")), scores=card.scores and _scores(card.scores), origin=origin and table(origin),
         license=f"That of the base model: {as_text(card.license)}." if card.license else _NO_LICENSE,
         note="\n".join(map(as_text, card.note.splitlines()))))
 
 # %% ../../nbs/ship/01_cards.ipynb #83355ba1
-_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note", "form")  # in card.json
+_KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note", "form")
 
 
 def write_card(
@@ -236,7 +237,8 @@ def write_card(
 ) -> None:
     "Write the model card, its picture, and the licence files of the base model."
     write_text(directory / "README.md", card_text(model, card, more_sizes))
-    write_text(directory / "card.json", json.dumps({key: getattr(card, key) for key in _KEYS}, indent=1, default=str) + "\n")
+    row = {key: getattr(card, key) for key in _KEYS}
+    write_text(directory / "card.json", json.dumps(row, indent=1, default=str) + "\n")
     for path in card.license_files:
         shutil.copyfile(path, directory / path.name)
     if isinstance(card.figure, Path):
@@ -252,7 +254,8 @@ def read_card(
     directory, files = Path(directory), {path.name: path for path in own_files(directory)}
     row = read_json(files["card.json"]) if "card.json" in files else {}
     row["scores"] = row.get("scores", {}) | evaluation_scores(directory)
-    return Card(**row, license_files=base_license(str(directory.absolute()))[1], figure=files.get("genome.png"))
+    _, texts = base_license(str(directory.absolute()))
+    return Card(**row, license_files=texts, figure=files.get("genome.png"))
 
 # %% ../../nbs/ship/01_cards.ipynb #fa165ad4
 def evaluation_scores(
@@ -276,8 +279,9 @@ def add_scores(
     "Put what an evaluation has measured into the export's model card; the rest of the card stays as it is."
     path, card = Path(directory) / "README.md", read_card(directory)
     found, results = ModelCard.load(path, ignore_metadata_errors=True), eval_results(card.scores)
-    others = [row for row in found.data.eval_results or [] if not any(row.is_equal_except_value(new) for new in results)]
-    found.data.eval_results = others + results
+    is_new = lambda row: not any(row.is_equal_except_value(result) for result in results)
+    found.data.eval_results = [*filter(is_new, found.data.eval_results or []), *results]
     found.data.model_name = found.data.model_name or card_data(card).model_name
-    found.text = re.sub(r"(?s)(## Scores\n.*?)?(?=^## Licence$)", lambda _: f"{_scores(card.scores)}\n\n", found.text, count=1, flags=re.M)
+    section = f"{_scores(card.scores)}\n\n"
+    found.text = re.sub(r"(?ms)(## Scores\n.*?)?(?=^## Licence$)", lambda _: section, found.text, count=1)
     write_text(path, str(found))

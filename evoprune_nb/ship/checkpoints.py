@@ -70,7 +70,8 @@ def last_checkpoint(
         if (path / SEAL).exists():
             if not (wrong := damage(path)):
                 return path
-            warnings.warn(f"{wrong}; the training continues from the checkpoint before, or begins anew", stacklevel=2)
+            instead = "the training continues from the checkpoint before, or begins anew"
+            warnings.warn(f"{wrong}; {instead}", stacklevel=2)
         shutil.rmtree(path)
     return None
 
@@ -86,7 +87,8 @@ def check_claim(
             raise ValueError(f"{work} is not empty and holds no post-training; choose another directory")
         return False
     theirs = read_json(path)
-    differing = [f"{key} ({theirs.get(key)!r} there, {value!r} here)" for key, value in identity.items() if theirs.get(key) != value]
+    there = {key: theirs.get(key) for key in identity}
+    differing = [f"{key} ({there[key]!r} there, {identity[key]!r} here)" for key in there if there[key] != identity[key]]
     if differing:
         raise ValueError(f"{work} holds another post-training: {', '.join(differing)}. "
                          "Use the same settings to continue it, or another directory")

@@ -94,8 +94,8 @@ def modeling_source(
 ) -> str:
     "Text of `modeling_pruned.py` for the architecture of a model."
     stock = stock_class(model)
-    head = f'"""A pruned {stock.__name__}: its layers differ in width. Needs torch and transformers only."""\nimport sys\n'
-    text = head + _NBDEV.sub("", inspect.getsource(modeling)).strip()
+    title = f"A pruned {stock.__name__}: its layers differ in width. Needs torch and transformers only."
+    text = f'"""{title}"""\nimport sys\n' + _NBDEV.sub("", inspect.getsource(modeling)).strip()
     text += f"\n\n{inspect.getsource(introduce_to_peft)}\n\n{_classes(stock.config_class)}"
     return re.sub(r"\n{2,}(?=(@\w+\n)?(class|def) )", "\n\n\n", text)  # as far apart as PEP 8 wants them
 
@@ -107,14 +107,14 @@ def export_config(
     config = stock_config(model, dtype=model.dtype).to_dict()
     config.pop("_name_or_path", None)
     return config | {
-        "model_type": PREFIX + stock_class(model).config_class.model_type, "architectures": ["PrunedForCausalLM"],
-        "auto_map": _AUTO_MAP, "transformers_version": transformers.__version__,
+        "model_type": PREFIX + stock_class(model).config_class.model_type,
+        "architectures": ["PrunedForCausalLM"], "auto_map": _AUTO_MAP, "transformers_version": transformers.__version__,
         "allow_global_per_layer_attribute_access": True, "kv_index": None,
         "per_layer_config": per_layer_config(model), "norm_names": norm_names(decoder_layers(model)[1][0])}
 
 
 def _save_weights(model: nn.Module, directory: Path, max_shard_size: str | int) -> None:
-    "Save weights and generation settings. transformers notes its own class in the configuration, so it gets a copy."
+    "Save weights and generation settings; transformers writes into the configuration, so it gets a copy."
     config, model.config = model.config, copy.deepcopy(model.config)
     try:
         model.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -153,8 +153,9 @@ def _checkpoint_type(directory: Path) -> str:
     path = directory / "config.json"
     if path.exists():
         return read_json(path).get("model_type", "")
-    of_llama_cpp = "; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from"
-    raise ValueError(f"{directory} is no checkpoint: it has no config.json{of_llama_cpp if [*directory.glob('*.gguf')] else ''}")
+    hint = "; a GGUF file is for llama.cpp, so give the run or checkpoint that it was made from"
+    hint = hint if any(directory.glob("*.gguf")) else ""
+    raise ValueError(f"{directory} is no checkpoint: it has no config.json{hint}")
 
 # %% ../../nbs/ship/02_export.ipynb #e14125b4
 def load_exported(
@@ -169,16 +170,18 @@ def load_exported(
     kind = _checkpoint_type(Path(directory))
     if not kind.startswith(PREFIX):
         if dtype == "auto":
-            dtype = getattr(transformers.AutoConfig.from_pretrained(directory), "dtype", None) or torch.float32
+            config = transformers.AutoConfig.from_pretrained(directory)
+            dtype = getattr(config, "dtype", None) or torch.float32
         return load_model(str(Path(directory).absolute()), dtype, device)
     stock_type = kind.removeprefix(PREFIX)
     if stock_type not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} knows no {stock_type!r}")
+        raise ValueError(f"{directory} has model type {kind!r}, but transformers {transformers.__version__} "
+                         f"knows no {stock_type!r}")
     device, dtype = resolve_device(device), dtype if dtype == "auto" else resolve_dtype(dtype)
     model = load_weights(_pruned_class(stock_type), directory, dtype=dtype)
     use_attention_in_blocks(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
-    return model.to(device).eval(), tokenizer
+    load_tokenizer = transformers.AutoTokenizer.from_pretrained
+    return model.to(device).eval(), load_tokenizer(directory, config=model.config, trust_remote_code=False)
 
 # %% ../../nbs/ship/02_export.ipynb #4f8d24e9
 def is_run(
@@ -193,8 +196,8 @@ def _open_database(history: History, directory: Path, dense: nn.Module, tokenize
     "The level database of a run; `ValueError` when it is another one."
     database, wanted = LevelDatabase(directory, dense), history.settings["fingerprints"]["database"]
     if database.fingerprint != wanted:
-        raise ValueError(f"{history.run_dir} searched in another level database: its fingerprint is {wanted}, "
-                         f"that of {directory} is {database.fingerprint}")
+        raise ValueError(f"{history.run_dir} searched in another level database: its fingerprint is "
+                         f"{wanted}, that of {directory} is {database.fingerprint}")
     database.require_begin(begin_tokens(tokenizer))
     return database
 
@@ -237,13 +240,13 @@ def _search_scores(history: History, genome: Genome) -> dict[str, float]:
 
 def _search_origin(history: History) -> dict[str, str]:
     "Where a genome comes from: run, seed, text, versions, fingerprints."
-    made, tokens = history.settings.get("provenance", {}), history.tokens
+    made, tokens, source = history.settings.get("provenance", {}), history.tokens, history.source
     listed = lambda row: ", ".join(f"{key} {value}" for key, value in row.items())
     so_far = f"not finished: in generation {history.generation + 1} of {history.rules.generations}"
     return {
         "run": history.run_dir.resolve().name, "search": "finished" if history.finished else so_far,
         "seed": str(history.config.seed),
-        "text of calibration, tuning and scoring": history.source.text if history.source else "see fingerprints",
+        "text of calibration, tuning and scoring": source.text if source else "see fingerprints",
         "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring",
         "git revision": str(made.get("git_revision")), "packages": listed(made.get("packages", {})),
         "fingerprints": listed(history.settings.get("fingerprints", {}))}
@@ -257,6 +260,8 @@ def run_card(
     scores: dict[str, float] | None = None,  # measured besides
 ) -> Card:
     "The model card of a genome of a run."
-    genome, name = genome or history.winner, base_model or (history.source.model_name if history.source else "")
+    genome, source = genome or history.winner, history.source
+    name = base_model or (source.model_name if source else "")
     known = _search_scores(history, genome) | evaluation_scores(history.run_dir, genome.code) | (scores or {})
-    return Card(name, *base_license(name), genome.code, history.space.dense_params, known, _search_origin(history), figure)
+    return Card(
+        name, *base_license(name), genome.code, history.space.dense_params, known, _search_origin(history), figure)

@@ -44,7 +44,8 @@ def rope_factors(
     if rotary.rope_type not in ("default", "linear", "llama3") or rotary.attention_scaling != 1:
         raise ValueError(f"rotary scaling of type {rotary.rope_type!r} cannot be written to GGUF here; "
                          "'default', 'linear' and 'llama3' can")
-    plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    powers = torch.arange(0, size, 2, dtype=torch.float32) / size
+    plain = model.config.rope_parameters["rope_theta"] ** -powers
     factors = plain / rotary.inv_freq.cpu().float()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
@@ -118,14 +119,16 @@ def _layer_tensors(layer: nn.Module, row: DeciLayer, size: int, hidden: int) -> 
     if layer.mlp is not None:
         yield "ffn_norm.weight", layer.post_attention_layernorm.weight
         for part, name in _MLP.items():
-            yield from ((f"{name}.{kind}", tensor) for kind, tensor in getattr(layer.mlp, part).named_parameters())
+            for kind, tensor in getattr(layer.mlp, part).named_parameters():
+                yield f"{name}.{kind}", tensor
     else:
         channels = dict.fromkeys(("ffn_gate", "ffn_up"), (PLACEHOLDER, hidden))
         yield from _zeros(ffn_norm=(hidden,), **channels, ffn_down=(hidden, PLACEHOLDER))
 
 # %% ../../nbs/ship/04_gguf.ipynb #6be561da
 def _head_size(model: nn.Module) -> int:
-    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def gguf_tensors(
@@ -145,8 +148,8 @@ def gguf_tensors(
 
 # %% ../../nbs/ship/04_gguf.ipynb #4775c894
 _GPT2 = {"type": "ByteLevel", "use_regex": True}
-_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def _split_then_bytes(digits: str) -> list[dict]:
@@ -167,19 +170,22 @@ def splitter_name(
     "llama.cpp's name of a byte-level pre-tokenizer; `ValueError` when it has none here."
     steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     for name, wanted in _SPLITTERS.items():
-        same = len(steps) == len(wanted) and all(want.items() <= row.items() for row, want in zip(steps, wanted))
-        if same and not any(row.get("add_prefix_space") for row in steps):
+        same = all(want.items() <= row.items() for row, want in zip(steps, wanted))
+        if same and len(steps) == len(wanted) and not any(row.get("add_prefix_space") for row in steps):
             return name
-    raise ValueError(f"the tokenizer splits text by a rule that has no name here, {json.dumps(pre_tokenizer)[:300]}; known "
-                     f"are {', '.join(_SPLITTERS)}. Convert a padded export with llama.cpp's own converter instead")
+    rule = json.dumps(pre_tokenizer)[:300]
+    raise ValueError(
+        f"the tokenizer splits text by a rule that has no name here, {rule}; known are {', '.join(_SPLITTERS)}. "
+        "Convert a padded export with llama.cpp's own converter instead")
 
 # %% ../../nbs/ship/04_gguf.ipynb #c3438a6e
 def _pieces(tokenizer, n_vocab: int) -> tuple[list[str], list[int]]:
     "Text and type of every token; ids that the model has beyond the tokenizer's are marked unused."
     if len(tokenizer) > n_vocab:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary {n_vocab:,}; "
-                         "give the model's own tokenizer")
-    added, pieces = tokenizer.added_tokens_decoder, {index: piece for piece, index in tokenizer.get_vocab().items()}
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary "
+                         f"{n_vocab:,}; give the model's own tokenizer")
+    added = tokenizer.added_tokens_decoder
+    pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
 
     def kind(index: int) -> gguf.TokenType:
         if index not in pieces:
@@ -189,7 +195,8 @@ def _pieces(tokenizer, n_vocab: int) -> tuple[list[str], list[int]]:
         is_byte = len(pieces[index]) == 6 and pieces[index].startswith("<0x")
         return gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
 
-    return [pieces.get(index, f"[PAD{index}]") for index in range(n_vocab)], [kind(index) for index in range(n_vocab)]
+    ids = range(n_vocab)
+    return [pieces.get(index, f"[PAD{index}]") for index in ids], [kind(index) for index in ids]
 
 # %% ../../nbs/ship/04_gguf.ipynb #9e611ac7
 def _scores(merges: list, pieces: list[str]) -> list[float]:
@@ -206,7 +213,7 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer, n_vocab: int, load_m
         special = gguf.SpecialVocab(directory, load_merges, n_vocab=n_vocab)
     ids = tokenizer("a")["input_ids"]
     special.add_special_token |= {
-        "bos": bool(ids) and ids[0] == tokenizer.bos_token_id, "eos": bool(ids) and ids[-1] == tokenizer.eos_token_id}
+        "bos": ids[:1] == [tokenizer.bos_token_id], "eos": ids[-1:] == [tokenizer.eos_token_id]}
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -229,7 +236,8 @@ def add_tokenizer(
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(row["model"]["merges"], pieces))
-        writer.add_add_space_prefix("prepend" in json.dumps([row["normalizer"], row["pre_tokenizer"]]).lower())
+        rules = json.dumps([row["normalizer"], row["pre_tokenizer"]])
+        writer.add_add_space_prefix("prepend" in rules.lower())
         if tokenizer.unk_token_id is not None:
             kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
     else:
@@ -247,13 +255,15 @@ def check_gguf(
     model: nn.Module,  # a candidate or a reloaded export
     pad_heads: bool = False,  # zero heads in place of a refusal
 ) -> None:
-    "Raise `ValueError` unless llama.cpp's `deci` architecture computes what the model computes, saying what to do instead."
+    "Raise `ValueError`, with what to do instead, unless llama.cpp's `deci` computes what the model computes."
     stock, config = stock_class(model), model.config
     instead = "; use --format hf, or --format padded and llama.cpp's own converter"
     if stock.config_class.model_type not in _FAMILIES:
-        raise ValueError(f"GGUF's deci architecture holds {', '.join(_FAMILIES)}, not {stock.__name__}{instead}")
+        families = ", ".join(_FAMILIES)
+        raise ValueError(f"GGUF's deci architecture holds {families}, not {stock.__name__}{instead}")
     if config.hidden_act != "silu":
-        raise ValueError(f"GGUF's deci architecture knows the activation silu, not {config.hidden_act}{instead}")
+        raise ValueError(
+            f"GGUF's deci architecture knows the activation silu, not {config.hidden_act}{instead}")
     if not pad_heads:
         check_groups(model, "GGUF's deci architecture")
     rope_factors(model, _head_size(model))
@@ -262,7 +272,7 @@ def check_gguf(
 def context_length(
     model: nn.Module,  # a candidate or a reloaded export
 ) -> int:
-    "Tokens up to which the file computes what the model does: `deci` has no sliding window, so a window bounds it."
+    "Tokens up to which the file computes what the model does; `deci` has no sliding window, so one bounds it."
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(model)[1]]
     if stock_class(model).config_class.model_type == "mistral":
         windows.append(getattr(model.config, "sliding_window", None))
@@ -276,7 +286,7 @@ _TYPES = {
 }
 
 
-def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_type: gguf.LlamaFileType) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_type: int) -> None:
     "Write name, licence and shapes."
     rows, config, size = deci_layers(model), model.config, _head_size(model)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -299,7 +309,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_ty
 
 
 def _add_tensors(writer: gguf.GGUFWriter, model: nn.Module, kind: gguf.GGMLQuantizationType) -> int:
-    "Hand the tensors to the writer; returns how many numbers there are. llama.cpp wants norms and biases in float32."
+    "Hand the tensors to the writer, norms and biases in float32; returns how many numbers there are."
     written = 0
     for name, tensor in gguf_tensors(model):
         array = tensor.detach().float().cpu().contiguous().numpy()
@@ -312,7 +322,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: nn.Module, kind: gguf.GGMLQuant
 def export_gguf(
     model: nn.Module,  # from `materialize`, trained or not; or from `load_exported`
     tokenizer,  # the model's tokenizer; None: the file works on token ids only
-    directory: str | Path,  # must not exist yet, or be empty; gets model.gguf, README.md and the card's picture
+    directory: str | Path,  # must not exist yet, or be empty; gets model.gguf and the card
     card: Card = Card(),  # for README.md
     dtype: str | None = None,  # of the matrices: "float32", "float16" or "bfloat16"; None: the model's
     pad_heads: bool = False,  # fill smaller groups of query heads with zero heads, instead of refusing
@@ -336,5 +346,6 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_card(scratch, model, replace(card, form="gguf"), {"numbers in model.gguf, zeros of placeholders included": written})
+        counts = {"numbers in model.gguf, zeros of placeholders included": written}
+        write_card(scratch, model, replace(card, form="gguf"), counts)
     return Path(directory) / "model.gguf"

@@ -19,7 +19,8 @@ def layer_config(layer: nn.Module) -> dict:
     row = {"skip": missing}
     if "attn" not in missing:
         kv_index = head_map(layer.self_attn)
-        row |= {"num_attention_heads": len(kv_index), "num_key_value_heads": max(kv_index) + 1, "kv_index": kv_index}
+        row |= {"num_attention_heads": len(kv_index), "num_key_value_heads": max(kv_index) + 1}
+        row["kv_index"] = kv_index
     if "mlp" not in missing:
         row["intermediate_size"] = layer.mlp.down_proj.in_features
     return row

@@ -33,7 +33,8 @@ def group_sizes(
 
 def _all_groups(model: nn.Module) -> dict[int, list[int]]:
     "The groups of every layer that has attention."
-    return {index: group_sizes(layer.self_attn) for index, layer in enumerate(decoder_layers(model)[1]) if layer.self_attn is not None}
+    attention = {index: layer.self_attn for index, layer in enumerate(decoder_layers(model)[1])}
+    return {index: group_sizes(block) for index, block in attention.items() if block is not None}
 
 
 def check_groups(
@@ -44,9 +45,10 @@ def check_groups(
     for index, sizes in _all_groups(model).items():
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} holds groups "
-                "of one size only. Build the level database with heads='query' or 'group', export with --format hf, "
-                "which holds any heads, or fill the smaller groups up with zero heads: pad_heads=True (--pad-heads)")
+                f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} "
+                "holds groups of one size only. Build the level database with heads='query' or 'group', export "
+                "with --format hf, which holds any heads, or fill the smaller groups up with zero heads: "
+                "pad_heads=True (--pad-heads)")
 
 # %% ../../nbs/ship/03_padded.ipynb #66696c4f
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class StockShape:
 
 def _head_grid(n_kv: int, group: int, allowed: Sequence[int]) -> tuple[int, int]:
     "Query and key/value heads, as few as possible, with room for so many groups of such a size."
-    return min((n_heads, n) for n_heads in allowed for n in range(n_kv, n_heads // group + 1) if n_heads % n == 0)
+    fits = lambda n_heads: (n for n in range(n_kv, n_heads // group + 1) if n_heads % n == 0)
+    return min((n_heads, n) for n_heads in allowed for n in fits(n_heads))
 
 # %% ../../nbs/ship/03_padded.ipynb #f5dc6aa8
 def _allowed_heads(model: nn.Module, keep_head_count: bool | None) -> list[int]:
@@ -69,33 +72,36 @@ def _allowed_heads(model: nn.Module, keep_head_count: bool | None) -> list[int]:
     dense, hidden = config.num_attention_heads, config.hidden_size
     if keep_head_count is None:
         keep_head_count = not hasattr(stock_class(model).config_class(), "head_dim")
-    return [dense] if keep_head_count else [n for n in range(1, dense + 1) if hidden % n == 0 or hidden % dense]
+    if keep_head_count:
+        return [dense]
+    return [n for n in range(1, dense + 1) if hidden % n == 0 or hidden % dense]
 
 
 def stock_shape(
     model: nn.Module,  # a candidate or a reloaded export
-    keep_head_count: bool | None = None,  # keep the dense number of query heads; None: where there is no head_dim
+    keep_head_count: bool | None = None,  # keep the dense number; None: where there is no head_dim
 ) -> StockShape:
     "The smallest homogeneous shape that holds every layer."
     rows, groups = per_layer_config(model), _all_groups(model).values()
     layers = tuple(index for index, row in rows.items() if len(row["skip"]) < 2) or (0,)
     n_kv, group = max(map(len, groups), default=1), max(map(max, groups), default=1)
     n_heads, n_kv_heads = _head_grid(n_kv, group, _allowed_heads(model, keep_head_count))
-    return StockShape(layers, n_heads, n_kv_heads, max(row.get("intermediate_size", 1) for row in rows.values()))
+    width = max(row.get("intermediate_size", 1) for row in rows.values())
+    return StockShape(layers, n_heads, n_kv_heads, width)
 
 # %% ../../nbs/ship/03_padded.ipynb #8989e891
 def _layer_slices(layer: nn.Module, shape: StockShape) -> dict[str, tuple[int, torch.Tensor]]:
     "Where the linear layers of a decoder layer go in the stock shape: path → dimension, indices."
-    slices = {}
-    if layer.self_attn is not None:
-        group, size = shape.n_heads // shape.n_kv_heads, layer.self_attn.head_dim
-        slots = torch.tensor([group * j + t for j, n in enumerate(group_sizes(layer.self_attn)) for t in range(n)])
-        stock = Unit(0, "attn", "", "", shape.n_heads, size, shape.n_kv_heads)
-        slices |= {f"self_attn.{part}": where for part, where in unit_slices(layer.self_attn, stock, slots).items()}
+    found, attention = {}, layer.self_attn
+    if attention is not None:
+        group, sizes = shape.n_heads // shape.n_kv_heads, group_sizes(attention)
+        slots = torch.tensor([group * j + t for j, n in enumerate(sizes) for t in range(n)])
+        stock = Unit(0, "attn", "", "", shape.n_heads, attention.head_dim, shape.n_kv_heads)
+        found["self_attn"] = unit_slices(attention, stock, slots)
     if layer.mlp is not None:
-        stock, channels = Unit(0, "mlp", "", "", shape.width, 1), torch.arange(layer.mlp.down_proj.in_features)
-        slices |= {f"mlp.{part}": where for part, where in unit_slices(layer.mlp, stock, channels).items()}
-    return slices
+        channels = torch.arange(layer.mlp.down_proj.in_features)
+        found["mlp"] = unit_slices(layer.mlp, Unit(0, "mlp", "", "", shape.width, 1), channels)
+    return {f"{name}.{part}": where for name, slices in found.items() for part, where in slices.items()}
 
 
 def _put_layer(state: dict[str, torch.Tensor], path: str, layer: nn.Module, shape: StockShape) -> None:
@@ -112,8 +118,10 @@ def _put_layer(state: dict[str, torch.Tensor], path: str, layer: nn.Module, shap
 def _padded_state(model: nn.Module, stock: nn.Module, shape: StockShape) -> dict[str, torch.Tensor]:
     "The weights of the pruned model in the stock model's shapes, exact zeros elsewhere."
     (path, layers), own = decoder_layers(model), model.state_dict()
-    zeros = lambda tensor: torch.zeros(tensor.shape, dtype=model.dtype)
-    state = {name: zeros(tensor) if name.startswith(f"{path}.") else own[name].cpu() for name, tensor in stock.state_dict().items()}
+    state = {name: tensor.cpu() for name, tensor in own.items() if not name.startswith(f"{path}.")}
+    for name, tensor in stock.state_dict().items():
+        if name.startswith(f"{path}."):
+            state[name] = torch.zeros(tensor.shape, dtype=model.dtype)
     for new, old in enumerate(shape.layers):
         _put_layer(state, f"{path}.{new}", layers[old], shape)
     return state
@@ -124,13 +132,14 @@ _LISTS_BY_LAYER = ("layer_types", "no_rope_layers")  # configuration entries wit
 
 def _padded_config(model: nn.Module, shape: StockShape):
     "The stock configuration of that shape."
-    changes = {key: [values[i] for i in shape.layers] for key in _LISTS_BY_LAYER if (values := getattr(model.config, key, None))}
-    attention = next((layer.self_attn for layer in decoder_layers(model)[1] if layer.self_attn is not None), None)
-    if attention is not None and attention.head_dim:
-        changes["head_dim"] = attention.head_dim
+    lists = {key: getattr(model.config, key, None) for key in _LISTS_BY_LAYER}
+    changes = {key: [values[i] for i in shape.layers] for key, values in lists.items() if values}
+    for layer in decoder_layers(model)[1]:
+        if layer.self_attn is not None and layer.self_attn.head_dim:
+            changes["head_dim"] = layer.self_attn.head_dim
     return stock_config(
-        model, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.width,
-        num_hidden_layers=len(shape.layers), dtype=model.dtype, **changes)
+        model, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads,
+        intermediate_size=shape.width, num_hidden_layers=len(shape.layers), dtype=model.dtype, **changes)
 
 
 def padded_model(
@@ -157,16 +166,16 @@ class PaddedExport:
 
     @property
     def kept_saving(self) -> float:
-        "Share of the removed parameters that stay removed: 1 when all layers are alike, 0 when nothing is gained."
+        "Share of the removed parameters that stay removed: 1 when all layers are alike, 0 for no gain."
         saving = self.dense_params - self.pruned_params
         return (self.dense_params - self.n_params) / saving if saving else 1.0
 
     def __str__(self) -> str:
         shape = self.shape
         return (
-            f"{self.n_params:,} parameters in {len(shape.layers)} equal layers of {shape.n_heads} query heads, "
-            f"{shape.n_kv_heads} key/value heads and {shape.width} channels: {self.kept_saving:.0%} of the saving "
-            f"is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
+            f"{self.n_params:,} parameters in {len(shape.layers)} equal layers of {shape.n_heads} query "
+            f"heads, {shape.n_kv_heads} key/value heads and {shape.width} channels: {self.kept_saving:.0%} of "
+            f"the saving is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
 
 # %% ../../nbs/ship/03_padded.ipynb #d6fd93cc
 def _count(model: nn.Module) -> int:
@@ -177,12 +186,15 @@ def _count(model: nn.Module) -> int:
 def _check_equal(model: nn.Module, directory: Path) -> None:
     "Raise `RuntimeError` unless the checkpoint computes the model's logits, to rounding."
     stranger = AutoModelForCausalLM.from_pretrained(directory).to(model.device).eval()
-    tokens = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, 32), generator=generator).to(model.device)
     wanted, found = model(tokens).logits.float(), stranger(tokens).logits.float()
-    difference, tolerance = ((wanted - found).abs().max() / wanted.abs().max()).item(), torch.finfo(model.dtype).eps ** 0.5
+    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
+    tolerance = torch.finfo(model.dtype).eps ** 0.5
     if not difference <= tolerance:
-        raise RuntimeError("the padded checkpoint computes other logits than the pruned model: they differ by "
-                           f"{difference:.2g} of the largest, more than rounding ({tolerance:.2g}); nothing was written")
+        raise RuntimeError(
+            "the padded checkpoint computes other logits than the pruned model: they differ by "
+            f"{difference:.2g} of the largest, more than rounding ({tolerance:.2g}); nothing was written")
 
 # %% ../../nbs/ship/03_padded.ipynb #0270a254
 def export_padded(

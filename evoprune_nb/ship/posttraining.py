@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from transformers import TrainingArguments
 
 from ..data import begin_tokens
 from ..machine.files import check_target, read_json, write_json, write_text, written_whole
@@ -34,8 +35,8 @@ def _load_student(source: Path) -> tuple[nn.Module, object]:
     model, tokenizer = load_exported(source)
     check_head(model, str(source))
     if read_card(source).form == "padded":
-        raise ValueError(f"{source} is padded, and training would fill its zero heads; post-train the run or its "
-                         "hf export, then export the result with --format padded")
+        raise ValueError(f"{source} is padded, and training would fill its zero heads; post-train the run or "
+                         "its hf export, then export the result with --format padded")
     return model, tokenizer
 
 
@@ -44,44 +45,51 @@ def _load_teacher(name: str, model: nn.Module, device: torch.device) -> nn.Modul
     teacher, _ = load_model(name, "auto", device)
     mine, found = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
     if found != mine:
-        raise ValueError(f"the teacher {name!r} has a vocabulary of {found:,} tokens, the pruned model one of {mine:,}; "
-                         "distillation needs the same")
+        raise ValueError(f"the teacher {name!r} has a vocabulary of {found:,} tokens, the pruned model one of "
+                         f"{mine:,}; distillation needs the same")
     check_head(teacher, "the teacher")
     return teacher.requires_grad_(False)
 
 # %% ../../nbs/ship/05_posttraining.ipynb #ee44329a
 def _make_forward_the_loss(model: nn.Module, settings: PostTraining, teacher: nn.Module | None) -> None:
     "Let calling the model return the loss of a batch."
+    weight, temperature = settings.distillation, settings.temperature
+
     def forward(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": post_training_loss(model, input_ids, teacher, settings.distillation, settings.temperature)}
+        return {"loss": post_training_loss(model, input_ids, teacher, weight, temperature)}
 
     model.forward = forward
 
 # %% ../../nbs/ship/05_posttraining.ipynb #170f0055
-def _set_steps(arguments: transformers.TrainingArguments, settings: PostTraining, checkpoint_tokens: int | None) -> None:
+def _set_steps(arguments: TrainingArguments, settings: PostTraining, checkpoint_tokens: int | None) -> None:
     "Set the numbers of steps: of the training, its warm-up, and between log lines and checkpoints."
-    n_steps, per_step = settings.n_steps(arguments.world_size), settings.tokens_per_step(arguments.world_size)
+    n_steps, per_step = (count(arguments.world_size) for count in (settings.n_steps, settings.tokens_per_step))
     arguments.max_steps, arguments.warmup_steps = n_steps, math.ceil(settings.warmup * n_steps)
     every = arguments.logging_steps = max(1, n_steps // 200)
     save_steps = (checkpoint_tokens or settings.n_tokens // 20) / per_step
     arguments.save_steps = every * max(1, round(save_steps / every))
 
 # %% ../../nbs/ship/05_posttraining.ipynb #cd71be06
-def _arguments(work: Path, settings: PostTraining, use_cpu: bool, progress: bool, options: dict) -> transformers.TrainingArguments:
+_NAMES = TrainingArguments.__dataclass_fields__  # transformers renamed one of them in 5.2x
+_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES)
+
+
+def _arguments(
+    work: Path, settings: PostTraining, use_cpu: bool, progress: bool, options: dict
+) -> TrainingArguments:
     "The settings in Trainer's names."
-    names = transformers.TrainingArguments.__dataclass_fields__  # transformers renamed one in 5.2x
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     rows = dict(
         output_dir=str(work), max_steps=1, per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation, optim="adamw_torch_fused", learning_rate=settings.lr,
-        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        gradient_accumulation_steps=settings.accumulation, optim="adamw_torch_fused",
+        learning_rate=settings.lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": settings.min_lr},
         bf16=settings.autocast, use_cpu=use_cpu, seed=settings.seed, remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu, save_strategy="steps", save_total_limit=2,
-        ignore_data_skip=True, logging_nan_inf_filter=False, disable_tqdm=not progress, report_to="none")
-    rows[checkpointing] = settings.checkpoint_activations
-    arguments = transformers.TrainingArguments(**rows | options)
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several devices are several processes, not torch's DataParallel
+        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu, save_strategy="steps",
+        save_total_limit=2, ignore_data_skip=True, logging_nan_inf_filter=False, disable_tqdm=not progress,
+        report_to="none")
+    rows[_CHECKPOINTING] = settings.checkpoint_activations
+    arguments = TrainingArguments(**rows | options)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process per device, instead of torch's DataParallel
     return arguments
 
 # %% ../../nbs/ship/05_posttraining.ipynb #bd94e3e5
@@ -105,17 +113,20 @@ class _Watch(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise RuntimeError(f"the loss became {logs['loss']} by step {state.global_step}; lower lr "
-                               f"({args.learning_rate}), and continue from a checkpoint before that or begin anew")
+            raise RuntimeError(
+                f"the loss became {logs['loss']} by step {state.global_step}; lower lr ({args.learning_rate}), "
+                "and continue from a checkpoint before that or begin anew")
 
 # %% ../../nbs/ship/05_posttraining.ipynb #a1ff93fe
 def _train(
-    model: nn.Module, arguments: transformers.TrainingArguments, stream: TokenStream, blocks_per_step: int, checkpoint: Path | None
+    model: nn.Module, arguments: TrainingArguments, stream: TokenStream, blocks_per_step: int,
+    checkpoint: Path | None,
 ) -> transformers.Trainer:
-    "Train to the end, from a checkpoint or from the start, and save the weights in `trained` in the working directory."
+    "Train to the end, from a checkpoint or from the start, and save the weights beside the checkpoints."
     if checkpoint:
         stream.continue_from(read_json(checkpoint / SEAL))
-    trainer = transformers.Trainer(model, arguments, train_dataset=stream, callbacks=[_Watch(stream, blocks_per_step)])
+    watch = _Watch(stream, blocks_per_step)
+    trainer = transformers.Trainer(model, arguments, train_dataset=stream, callbacks=[watch])
     trainer.remove_callback(transformers.PrinterCallback)  # losses are in the result's record
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_fsdp_enabled:  # one complete model, however it was sharded
@@ -125,7 +136,7 @@ def _train(
     return trainer
 
 # %% ../../nbs/ship/05_posttraining.ipynb #6f87b46e
-_OBSOLETE = re.compile(r".*\.(safetensors|bin)(\.index\.json)?|evaluation\.json|posttraining\.json|README\.md")
+_OBSOLETE = re.compile(r".*\.(safetensors|bin)(\.index\.json)?|(evaluation|posttraining)\.json|README\.md")
 
 
 def _copy_rest(source: Path, directory: Path) -> None:
@@ -138,14 +149,15 @@ def _copy_rest(source: Path, directory: Path) -> None:
 def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -> None:
     "The card of `source`, with what was done; its scores are from before."
     teacher, weight = record["teacher"], record["settings"]["distillation"]
-    done = f"{record['tokens']:,} tokens of {record['text']}" + (f", distilled from {teacher} with weight {weight}" if teacher else "")
-    done += "; settings and losses are in posttraining.json"
+    distilled = f", distilled from {teacher} with weight {weight}" if teacher else ""
+    done = f"{record['tokens']:,} tokens of {record['text']}{distilled}; settings and losses are in posttraining.json"
     names = {path.name for path in own_files(source)}
     if "card.json" in names:
         card = read_card(source)
         before = lambda name: name if "in the search" in name else f"{name.removesuffix(', before')}, before"
         scores = {before(name): value for name, value in card.scores.items()}
-        return write_card(directory, model, replace(card, scores=scores, provenance=card.provenance | {"post-training": done}))
+        origin = card.provenance | {"post-training": done}
+        return write_card(directory, model, replace(card, scores=scores, provenance=origin))
     text = (source / "README.md").read_text(encoding="utf-8") if "README.md" in names else ""
     write_text(directory / "README.md", f"{text.rstrip()}\n\n## Post-training\n\n{as_text(done)}.\n".lstrip())
 
@@ -186,8 +198,8 @@ def post_train_checkpoint(
 ) -> Path:
     """Post-train a checkpoint with `transformers.Trainer`. After an interruption, the same call continues.
 
-    Raises `ValueError` for wrong arguments, before anything is written, and `DirectoryBusy` when another process
-    trains in the same working directory.
+    Raises `ValueError` for wrong arguments, before anything is written, and `DirectoryBusy` when another
+    process trains in the same working directory.
     """
     source, out, work = Path(source), Path(out), Path(work or f"{str(out).rstrip('/')}.training")
     _check_call(out, settings, teacher)
@@ -214,7 +226,8 @@ def post_train_checkpoint(
         if trainer.is_world_process_zero():
             log = [row for row in trainer.state.log_history if "loss" in row]
             tokens = trainer.state.global_step * settings.tokens_per_step(arguments.world_size)
-            _write_result(source, work / "trained", out, identity | {"tokens": tokens, "log": log, "provenance": provenance(arguments.device)})
+            record = identity | {"tokens": tokens, "log": log, "provenance": provenance(arguments.device)}
+            _write_result(source, work / "trained", out, record)
             shutil.rmtree(work, ignore_errors=True)  # Windows keeps the file of a lock that is held
         trainer.accelerator.wait_for_everyone()
     return out

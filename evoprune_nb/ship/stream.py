@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import IterableDataset
 
-from ..data import EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents, pack_blocks, split_of
+from evoprune_nb.data import (
+    EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents, pack_blocks, split_of,
+)
 
 # %% ../../nbs/ship/04a_stream.ipynb #c52422b2
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class PostTraining:
     min_lr: float = 0.1  # share of lr at the end of the cosine
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    autocast: bool = True  # matrix products in bfloat16; weights, gradients and optimizer are float32 in any case
+    autocast: bool = True  # matrix products in bfloat16; weights, gradients, optimizer stay float32
     checkpoint_activations: bool = False  # recompute activations: less memory, a third more time
     distillation: float = 0.0  # weight of KL(dense ‖ pruned) in the loss; the rest is cross-entropy
     temperature: float = 1.0  # at which the two distributions are compared
@@ -64,8 +66,8 @@ def _check(settings: PostTraining) -> None:
     positive = min(settings.lr, settings.max_grad_norm, settings.temperature) > 0
     shares = 0 <= settings.warmup < 1 and 0 <= settings.min_lr <= 1 and 0 <= settings.distillation <= 1
     if not (positive and shares and settings.weight_decay >= 0):
-        raise ValueError("need lr, max_grad_norm, temperature > 0, 0 ≤ warmup < 1, 0 ≤ min_lr, distillation ≤ 1 "
-                         f"and weight_decay ≥ 0; got {settings}")
+        raise ValueError("need lr, max_grad_norm, temperature > 0, 0 ≤ warmup < 1, 0 ≤ min_lr, "
+                         f"distillation ≤ 1 and weight_decay ≥ 0; got {settings}")
 
 # %% ../../nbs/ship/04a_stream.ipynb #a02eb491
 def tuning_documents(
@@ -118,7 +120,7 @@ class TokenStream(IterableDataset):
         self._done = 0  # blocks seen before this start
 
     def packed(self, start: tuple[int, int, int]) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
-        "Blocks in the order of the text, from a position on, each with the position where the next one begins."
+        "Blocks in the order of the text, from a position on, each with the position where it ends."
         texts = tuning_documents(self.source, self.column, self.tokenizer, self.settings.epochs, start[:2])
         for block, (document, used) in pack_blocks(texts, self.settings.seq_len, self.begin, skip=start[2]):
             yield block, (*document, used)
@@ -153,17 +155,19 @@ class TokenStream(IterableDataset):
 # %% ../../nbs/ship/04a_stream.ipynb #a8dfc688
 def _no_more_text(stream: TokenStream, found: int) -> str:
     "The message for a stream that ends after `found` blocks."
-    return (f"the tuning split of {stream.source} has no more text after {found:,} blocks of {stream.settings.seq_len}; "
-            f"{stream.n_blocks:,} were asked for: allow more epochs than {stream.settings.epochs}")
+    seq_len, epochs = stream.settings.seq_len, stream.settings.epochs
+    return (f"the tuning split of {stream.source} has no more text after {found:,} blocks of {seq_len}; "
+            f"{stream.n_blocks:,} were asked for: allow more epochs than {epochs}")
 
 
 def require_text(stream: TokenStream) -> None:
-    "Raise `ValueError` when a local source has too little text. Endless sources are opened, but not read in advance."
+    "Raise `ValueError` when a local source has too little text; a remote one is opened, but not read."
     if stream.source not in EMBEDDED_TEXT and not Path(stream.source).exists():
         next(documents(stream.source, stream.column))  # it can be reached, and has that column
         return
     found = sum(1 for _ in zip(range(stream.n_blocks), stream.packed((0, 0, 0))))
     if found < stream.n_blocks:
         seq_len, epochs = stream.settings.seq_len, stream.settings.epochs
-        raise ValueError(f"asked for {stream.n_blocks * seq_len:,} tokens, but the tuning split of {stream.source} has "
-                         f"{found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); allow more epochs or lower n_tokens")
+        raise ValueError(
+            f"asked for {stream.n_blocks * seq_len:,} tokens, but the tuning split of {stream.source} has "
+            f"{found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); allow more epochs or lower n_tokens")
