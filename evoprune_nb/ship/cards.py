@@ -221,7 +221,8 @@ def card_text(
         card_data(card), template_str=_TEMPLATE, kind=stock_class(model).__name__,
         base=f" of {as_text(base)}" if base else "", n_params=f"{counts['parameters']:,}",
         picture=card.figure is not None, snippet=_SNIPPETS[card.form],
-        sizes=table(counts, ("what", "how much")), scores=card.scores and _scores(card.scores), origin=origin and table(origin),
+        sizes=table(counts, ("what", "how much")), scores=card.scores and _scores(card.scores),
+        origin=origin and table(origin),
         license=f"That of the base model: {as_text(card.license)}." if card.license else _NO_LICENSE,
         note="\n".join(map(as_text, card.note.splitlines()))))
 

@@ -88,8 +88,8 @@ def check_claim(
         return False
     theirs = read_json(path)
     there = {key: theirs.get(key) for key in identity}
-    differing = [f"{key} ({there[key]!r} there, {identity[key]!r} here)" for key in there if there[key] != identity[key]]
-    if differing:
+    keys = [key for key in there if there[key] != identity[key]]
+    if differing := [f"{key} ({there[key]!r} there, {identity[key]!r} here)" for key in keys]:
         raise ValueError(f"{work} holds another post-training: {', '.join(differing)}. "
                          "Use the same settings to continue it, or another directory")
     return True

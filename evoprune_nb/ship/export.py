@@ -108,7 +108,8 @@ def export_config(
     config.pop("_name_or_path", None)
     return config | {
         "model_type": PREFIX + stock_class(model).config_class.model_type,
-        "architectures": ["PrunedForCausalLM"], "auto_map": _AUTO_MAP, "transformers_version": transformers.__version__,
+        "architectures": ["PrunedForCausalLM"], "auto_map": _AUTO_MAP,
+        "transformers_version": transformers.__version__,
         "allow_global_per_layer_attribute_access": True, "kv_index": None,
         "per_layer_config": per_layer_config(model), "norm_names": norm_names(decoder_layers(model)[1][0])}
 
@@ -264,4 +265,5 @@ def run_card(
     name = base_model or (source.model_name if source else "")
     known = _search_scores(history, genome) | evaluation_scores(history.run_dir, genome.code) | (scores or {})
     return Card(
-        name, *base_license(name), genome.code, history.space.dense_params, known, _search_origin(history), figure)
+        name, *base_license(name), genome.code, history.space.dense_params, known, _search_origin(history),
+        figure)

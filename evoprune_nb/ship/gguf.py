@@ -175,8 +175,8 @@ def splitter_name(
             return name
     rule = json.dumps(pre_tokenizer)[:300]
     raise ValueError(
-        f"the tokenizer splits text by a rule that has no name here, {rule}; known are {', '.join(_SPLITTERS)}. "
-        "Convert a padded export with llama.cpp's own converter instead")
+        f"the tokenizer splits text by a rule that has no name here, {rule}; known are "
+        f"{', '.join(_SPLITTERS)}. Convert a padded export with llama.cpp's own converter instead")
 
 # %% ../../nbs/ship/04_gguf.ipynb #c3438a6e
 def _pieces(tokenizer, n_vocab: int) -> tuple[list[str], list[int]]:
@@ -272,7 +272,7 @@ def check_gguf(
 def context_length(
     model: nn.Module,  # a candidate or a reloaded export
 ) -> int:
-    "Tokens up to which the file computes what the model does; `deci` has no sliding window, so one bounds it."
+    "Tokens up to which the file computes what the model does: `deci` has no sliding window."
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(model)[1]]
     if stock_class(model).config_class.model_type == "mistral":
         windows.append(getattr(model.config, "sliding_window", None))

@@ -46,8 +46,8 @@ def check_groups(
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} "
-                "holds groups of one size only. Build the level database with heads='query' or 'group', export "
-                "with --format hf, which holds any heads, or fill the smaller groups up with zero heads: "
+                "holds groups of one size only. Build the level database with heads='query' or 'group', "
+                "export with --format hf, which holds any heads, or fill the smaller groups up with zero heads: "
                 "pad_heads=True (--pad-heads)")
 
 # %% ../../nbs/ship/03_padded.ipynb #66696c4f
@@ -174,8 +174,8 @@ class PaddedExport:
         shape = self.shape
         return (
             f"{self.n_params:,} parameters in {len(shape.layers)} equal layers of {shape.n_heads} query "
-            f"heads, {shape.n_kv_heads} key/value heads and {shape.width} channels: {self.kept_saving:.0%} of "
-            f"the saving is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
+            f"heads, {shape.n_kv_heads} key/value heads and {shape.width} channels: {self.kept_saving:.0%} "
+            f"of the saving is kept (pruned: {self.pruned_params:,}, dense: {self.dense_params:,})")
 
 # %% ../../nbs/ship/03_padded.ipynb #d6fd93cc
 def _count(model: nn.Module) -> int:

@@ -45,8 +45,8 @@ def _load_teacher(name: str, model: nn.Module, device: torch.device) -> nn.Modul
     teacher, _ = load_model(name, "auto", device)
     mine, found = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
     if found != mine:
-        raise ValueError(f"the teacher {name!r} has a vocabulary of {found:,} tokens, the pruned model one of "
-                         f"{mine:,}; distillation needs the same")
+        raise ValueError(f"the teacher {name!r} has a vocabulary of {found:,} tokens, the pruned model "
+                         f"one of {mine:,}; distillation needs the same")
     check_head(teacher, "the teacher")
     return teacher.requires_grad_(False)
 
@@ -63,7 +63,8 @@ def _make_forward_the_loss(model: nn.Module, settings: PostTraining, teacher: nn
 # %% ../../nbs/ship/05_posttraining.ipynb #170f0055
 def _set_steps(arguments: TrainingArguments, settings: PostTraining, checkpoint_tokens: int | None) -> None:
     "Set the numbers of steps: of the training, its warm-up, and between log lines and checkpoints."
-    n_steps, per_step = (count(arguments.world_size) for count in (settings.n_steps, settings.tokens_per_step))
+    n_devices = arguments.world_size
+    n_steps, per_step = settings.n_steps(n_devices), settings.tokens_per_step(n_devices)
     arguments.max_steps, arguments.warmup_steps = n_steps, math.ceil(settings.warmup * n_steps)
     every = arguments.logging_steps = max(1, n_steps // 200)
     save_steps = (checkpoint_tokens or settings.n_tokens // 20) / per_step
@@ -71,7 +72,7 @@ def _set_steps(arguments: TrainingArguments, settings: PostTraining, checkpoint_
 
 # %% ../../nbs/ship/05_posttraining.ipynb #cd71be06
 _NAMES = TrainingArguments.__dataclass_fields__  # transformers renamed one of them in 5.2x
-_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES)
+_CHECKPOINTING = f"{'activation' if 'activation_checkpointing' in _NAMES else 'gradient'}_checkpointing"
 
 
 def _arguments(
@@ -114,8 +115,8 @@ class _Watch(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):
             raise RuntimeError(
-                f"the loss became {logs['loss']} by step {state.global_step}; lower lr ({args.learning_rate}), "
-                "and continue from a checkpoint before that or begin anew")
+                f"the loss became {logs['loss']} by step {state.global_step}; "
+                f"lower lr ({args.learning_rate}), and continue from a checkpoint before that or begin anew")
 
 # %% ../../nbs/ship/05_posttraining.ipynb #a1ff93fe
 def _train(
@@ -150,7 +151,8 @@ def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -
     "The card of `source`, with what was done; its scores are from before."
     teacher, weight = record["teacher"], record["settings"]["distillation"]
     distilled = f", distilled from {teacher} with weight {weight}" if teacher else ""
-    done = f"{record['tokens']:,} tokens of {record['text']}{distilled}; settings and losses are in posttraining.json"
+    done = f"{record['tokens']:,} tokens of {record['text']}{distilled}"
+    done += "; settings and losses are in posttraining.json"
     names = {path.name for path in own_files(source)}
     if "card.json" in names:
         card = read_card(source)

@@ -170,4 +170,5 @@ def require_text(stream: TokenStream) -> None:
         seq_len, epochs = stream.settings.seq_len, stream.settings.epochs
         raise ValueError(
             f"asked for {stream.n_blocks * seq_len:,} tokens, but the tuning split of {stream.source} has "
-            f"{found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); allow more epochs or lower n_tokens")
+            f"{found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); "
+            "allow more epochs or lower n_tokens")
