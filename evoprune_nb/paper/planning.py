@@ -287,7 +287,8 @@ def _search(sizes: _Sizes, space: Space, genome: Genome, config: SearchConfig, s
     batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
     at_work = config.n_jobs * (max(tuned, _training_bytes(sizes, space, genome, batch, config.training, uneven)) if tokens["tuning"] else scoring)
     waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.warm_start else 0
-    kept = (max(stage.scoring_tokens for stage in stages) + n_layers * untuned) * position + waiting * weights * optimizer_bytes(sizes.itemsize, config.training)
+    at_work = max(at_work, n_layers * untuned * position + config.n_jobs * scoring)  # without tuning, with a reference's states
+    kept = max(stage.scoring_tokens for stage in stages) * position + waiting * weights * optimizer_bytes(sizes.itemsize, config.training)
     shared = min(max(stage.scoring_tokens for stage in stages), SHARED_CHUNKS * CHUNK) * sizes.vocabulary * sizes.itemsize if config.n_jobs > 1 and config.fitness == "kl" else 0
     memory = space.dense_params * sizes.itemsize + levels + kept + shared + at_work
     flops *= config.generations
