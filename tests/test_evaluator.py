@@ -118,15 +118,15 @@ def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypa
     monkeypatch.setattr(evaluator_module, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
     evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), warm_start=True)
     first = sorted((evaluate(genome, 0, 0) for genome in genomes), key=lambda evaluation: evaluation.fitness)
-    assert trained == [32] * 4 and sorted(code for _, code in evaluate.tuner._kept) == sorted(e.genome for e in first[:3])
+    assert trained == [32] * 4 and sorted(code for _, code in evaluate.tuner.kept.tuned) == sorted(e.genome for e in first[:3])
     for evaluation in first[:3]:
         evaluate(Genome.parse(evaluation.genome), 0, 1)
-    assert trained[4:] == [32] * 3 and len(evaluate.tuner._kept) == 2
+    assert trained[4:] == [32] * 3 and len(evaluate.tuner.kept.tuned) == 2
     parent = database.space.genome([3, 3, 3, 5, 4, 6])
     evaluate(parent, 0, 2)
     assert trained[7:] == [32, 32, 64]  # the parent joins last and catches up
     evaluate(genomes[0], 1, 0)
-    assert {generation for generation, _ in evaluate.tuner._kept} == {1}
+    assert {generation for generation, _ in evaluate.tuner.kept.tuned} == {1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
