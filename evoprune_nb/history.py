@@ -25,7 +25,8 @@ class Attempt:
     "One attempt at a generation, and what happened in it."
 
     def __init__(self, begin: dict, position: SearchState):
-        self.branch, self.generation, self.begin, self.rules = position.branch, position.generation, begin, position.current
+        self.branch, self.generation = position.branch, position.generation
+        self.begin, self.rules = begin, position.current
         self.status, self.survivor, self.end = "open", None, None  # "open", "finished" or "abandoned"
         self.evaluations: list[dict] = []
         self.fate: dict[tuple[int, str], bool] = {}  # (stage, genome) → survived
@@ -45,8 +46,9 @@ class Attempt:
     def _add_evaluation(self, row: dict) -> None:
         before = self._trained.get(row["genome"], 0) if self.rules.warm_start else 0
         self._trained[row["genome"]] = row["tuning_tokens"]
-        more = {"new_tokens": row["tuning_tokens"] - before, "is_parent": row["genome"] == self.begin["parent"]}
-        self.evaluations.append(row | {"branch": self.branch} | more)
+        is_parent, new_tokens = row["genome"] == self.begin["parent"], row["tuning_tokens"] - before
+        more = {"branch": self.branch, "new_tokens": new_tokens, "is_parent": is_parent}
+        self.evaluations.append(row | more)
 
     def tokens(self) -> dict[str, int]:
         "Tokens used in it, by purpose."
@@ -117,10 +119,11 @@ class RunReader:
             self._frames = {}
 
     def at(self, generation: int, branch: int | None = None) -> "RunReader":
-        "The run as it was right after a generation had ended, on a branch or on the line to the present. It stays as it is."
+        "The run as it was right after a generation had ended. It stays as it is."
         n_events = end_of(generation, branch, self.events, self.position.line)
         past = object.__new__(type(self))
-        past.run_dir, past.settings, past.config, past.space = self.run_dir, self.settings, self.config, self.space
+        past.run_dir, past.settings = self.run_dir, self.settings
+        past.config, past.space = self.config, self.space
         past._past = True
         past._reset()
         past._take(self.events[:n_events])
@@ -143,7 +146,7 @@ class RunStatus(RunReader):
 
     @property
     def winner(self) -> Genome:
-        "The best genome so far, fitted to the present budget; the start before the first generation has ended."
+        "The best genome so far, fitted to the present budget; at first, the start."
         return Genome.parse(self.position.parent)
 
     @property
@@ -183,7 +186,8 @@ class RunStatus(RunReader):
         return now | {"parent": self.position.parent, "branch": self.branch} | (self._state or {})
 
 # %% ../nbs/18_history.ipynb #d0a18bbb
-EVALUATION_COLUMNS = ["branch", *Evaluation.__dataclass_fields__, "time", "survived", "is_parent", "rank", "new_tokens"]
+EVALUATION_COLUMNS = [
+    "branch", *Evaluation.__dataclass_fields__, "time", "survived", "is_parent", "rank", "new_tokens"]
 
 
 def ranked(attempt: Attempt) -> list[dict]:
@@ -193,8 +197,8 @@ def ranked(attempt: Attempt) -> list[dict]:
         rows = [row for row in attempt.evaluations if row["stage"] == stage]
         rows.sort(key=lambda row: (row["fitness"] is None, row["fitness"]))
         ranks |= {(stage, row["genome"]): rank for rank, row in enumerate(rows, 1)}
-    keys = [(row["stage"], row["genome"]) for row in attempt.evaluations]
-    return [row | {"survived": attempt.fate.get(key), "rank": ranks[key]} for row, key in zip(attempt.evaluations, keys)]
+    keyed = [((row["stage"], row["genome"]), row) for row in attempt.evaluations]
+    return [row | {"survived": attempt.fate.get(key), "rank": ranks[key]} for key, row in keyed]
 
 
 def evaluation_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
@@ -203,7 +207,8 @@ def evaluation_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=EVALUATION_COLUMNS).astype({"fitness": float})
 
 # %% ../nbs/18_history.ipynb #87f54617
-SURVIVOR_COLUMNS = ["branch", "generation", "genome", "fitness", "n_params", "heldout_loss", "time", "on_line"]
+SURVIVOR_COLUMNS = [
+    "branch", "generation", "genome", "fitness", "n_params", "heldout_loss", "time", "on_line"]
 
 
 def survivor_frame(
@@ -217,7 +222,8 @@ def survivor_frame(
 
 # %% ../nbs/18_history.ipynb #2fa9e499
 GENERATION_COLUMNS = [
-    "branch", "generation", "status", "parent", "offspring", "injected", "retarget", "genome", "rules", "begun", "ended"]
+    "branch", "generation", "status", "parent", "offspring", "injected", "retarget", "genome", "rules",
+    "begun", "ended"]
 
 
 def generation_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
@@ -235,8 +241,9 @@ COMMAND_COLUMNS = ["n", "branch", "generation", "name", "text", "command", "refu
 
 def command_frame(events: Sequence[dict]) -> pd.DataFrame:
     "One row per command."
+    defaults = {"branch": 0, "refused": None}
     rows = [
-        {"branch": 0, "refused": None} | row | {"name": row["command"]["command"], "text": describe(row["command"])}
+        defaults | row | {"name": row["command"]["command"], "text": describe(row["command"])}
         for row in events if row["event"] == "command"]
     return pd.DataFrame(rows, columns=COMMAND_COLUMNS)
 
@@ -257,7 +264,8 @@ def tokens_left(
         return {"tuning": 0, "scoring": 0}
     under_way = attempts[-1] if position.current else None
     n_more = max(0, position.rules.generations - position.generation - bool(under_way))
-    left = {purpose: n_more * tokens for purpose, tokens in generation_tokens(position.rules, seq_len).items()}
+    each = generation_tokens(position.rules, seq_len)
+    left = {purpose: n_more * tokens for purpose, tokens in each.items()}
     if under_way:
         used = under_way.tokens()
         for purpose, tokens in under_way.planned(seq_len).items():
@@ -297,7 +305,7 @@ class RunCosts(RunStatus):
 
     @property
     def progress(self) -> tuple[int, int, float | None]:
-        "Work done and work in all, in tokens of forward passes, and seconds that the rest will take (None before the first)."
+        "Work done and in all, in tokens of forward passes, and seconds for the rest (None at first)."
         done, left = forward_tokens(**self.tokens), forward_tokens(**self._left())
         pace = seconds_per_token(self.attempts)
         return done, done + left, None if pace is None else left * pace
@@ -314,15 +322,17 @@ class History(RunCosts):
 
     @property
     def evaluations(self) -> pd.DataFrame:
-        """One row per evaluation, without abandoned attempts: branch, generation, stage, genome, fitness (missing: disqualified),
-        tuning_tokens (trained on by then), new_tokens (trained on in this evaluation), scoring_tokens, seconds,
-        survived (missing while its stage is open), is_parent, rank (1 is best in its stage)."""
-        return self._frame("evaluations", lambda: evaluation_frame([a for a in self.attempts if a.status != "abandoned"]))
+        """One row per evaluation, without abandoned attempts: branch, generation, stage, genome, fitness
+        (missing: disqualified), tuning_tokens (trained on by then), new_tokens (trained on in it),
+        scoring_tokens, seconds, survived (missing while its stage is open), is_parent, rank (1 is best)."""
+        kept = [attempt for attempt in self.attempts if attempt.status != "abandoned"]
+        return self._frame("evaluations", lambda: evaluation_frame(kept))
 
     @property
     def abandoned(self) -> pd.DataFrame:
         "The same for abandoned attempts."
-        return self._frame("abandoned", lambda: evaluation_frame([a for a in self.attempts if a.status == "abandoned"]))
+        left = [attempt for attempt in self.attempts if attempt.status == "abandoned"]
+        return self._frame("abandoned", lambda: evaluation_frame(left))
 
     @property
     def survivors(self) -> pd.DataFrame:
@@ -332,15 +342,15 @@ class History(RunCosts):
 
     @property
     def generations(self) -> pd.DataFrame:
-        """One row per attempt at a generation: branch, generation, status ("open", "finished", "abandoned"), parent,
-        offspring, injected, retarget (level changes that fitted the parent to a new budget), genome (the survivor),
-        rules (in force), begun and ended (seconds since 1970)."""
+        """One row per attempt at a generation: branch, generation, status ("open", "finished", "abandoned"),
+        parent, offspring, injected, retarget (level changes that fitted the parent to a new budget),
+        genome (the survivor), rules (in force), begun and ended (seconds since 1970)."""
         return self._frame("generations", lambda: generation_frame(self.attempts))
 
     @property
     def commands(self) -> pd.DataFrame:
-        """One row per command: n, branch and generation in which it came, name, text (in words), command (in full),
-        refused (why; missing if it was not), time."""
+        """One row per command: n, branch and generation in which it came, name, text (in words),
+        command (in full), refused (why; missing if it was not), time."""
         return self._frame("commands", lambda: command_frame(self.events))
 
     @property

@@ -28,7 +28,8 @@ def commands_of(
 ) -> list[dict]:
     "The commands of a run in order, each with `after`: the number of events before it."
     events = History(run_dir).events
-    return [{"after": n, "command": row["command"]} for n, row in enumerate(events) if row["event"] == "command"]
+    placed = [(n, row) for n, row in enumerate(events) if row["event"] == "command"]
+    return [{"after": n, "command": row["command"]} for n, row in placed]
 
 # %% ../nbs/19_replay.ipynb #51af9601
 def take_step(search: Search, bar: tqdm) -> bool:
@@ -49,7 +50,8 @@ def step_to(search: Search, n_events: int, bar: tqdm) -> None:
             pass
     if search.n_events != n_events:
         raise RunDiverged(
-            f"{search.run_dir}: a command came after {n_events} events, but the replay is at {search.n_events}; "
+            f"{search.run_dir}: a command came after {n_events} events, "
+            f"but the replay is at {search.n_events}; "
             "replay with the revision in the run's config.json")
 
 # %% ../nbs/19_replay.ipynb #d34ab9c2
@@ -75,8 +77,10 @@ def check_same_inputs(
     mine: dict[str, str],  # those of what it is to be repeated with
 ) -> None:
     "Raise `ValueError` for another model, database or text."
-    if differing := [f"{name} ({value} there, {mine.get(name)} here)" for name, value in recorded.items() if mine.get(name) != value]:
-        raise ValueError(f"{run_dir} was made with another {', '.join(differing)}")
+    differing = [name for name, value in recorded.items() if mine.get(name) != value]
+    if differing:
+        said = ", ".join(f"{name} ({recorded[name]} there, {mine.get(name)} here)" for name in differing)
+        raise ValueError(f"{run_dir} was made with another {said}")
 
 
 def replay(
@@ -88,7 +92,7 @@ def replay(
     progress: bool = True,  # show a bar
     evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # as for `Search`
 ) -> Genome:
-    "Repeat a run with its commands at the same places: the same genomes. One that was left unfinished is finished."
+    "Repeat a run with its commands at the same places: the same genomes. An unfinished one is finished."
     recorded = History(run_dir)
     config: SearchConfig = recorded.config
     if "latency" in config.target.limits:

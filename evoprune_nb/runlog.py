@@ -39,7 +39,7 @@ def encode_event(row: dict) -> bytes:
 
 
 def decode_event(line: bytes) -> dict:
-    "The event in a line, in today's names. Raises `ValueError` when it is none, or has changed since it was written."
+    "The event in a line, in today's names. Raises `ValueError` when it is none, or has changed."
     start, mark, _ = line.rpartition(_CHECKSUM[:10])
     body = start + b"}" if mark else line.rstrip()
     if mark and line.rstrip() != start + _CHECKSUM % zlib.crc32(body):
@@ -54,7 +54,7 @@ def read_events(
     path: str | Path,  # an `events.jsonl`, perhaps being written to
     start: int = 0,  # byte to begin at: the end of an earlier reading
 ) -> tuple[list[dict], int]:
-    "Events in the whole lines from byte `start` on, and the byte where they end. Raises `ValueError` for a damaged line."
+    "Events in whole lines from byte `start` on, and where they end. Raises `ValueError` for a damaged line."
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -122,10 +122,12 @@ def check_record(path: Path, row: dict, identity: dict) -> None:
     if differing := [key for key in identity if row.get(key) != identity[key]]:
         raise RunDiverged(
             f"{path}: expected {identity}, but the record has {row.get('event')!r} with another "
-            f"{', '.join(differing)}; continue with the revision in config.json, or start a new run directory")
+            f"{', '.join(differing)}; "
+            "continue with the revision in config.json, or start a new run directory")
 
 # %% ../nbs/16_runlog.ipynb #099571de
-_VERSION_0_1 = {"config", "fingerprints", "provenance", "budget", "start", "space", "pools", "source"}  # without a hash
+# what config.json has in version 0.1, without a hash
+_VERSION_0_1 = {"config", "fingerprints", "provenance", "budget", "start", "space", "pools", "source"}
 
 
 def _sha256(settings: dict) -> str:
@@ -152,7 +154,8 @@ def read_settings(
     written = settings.pop("sha256", None)
     if written != _sha256(settings) if written else not _VERSION_0_1.issuperset(settings):
         raise ValueError(f"{path} is damaged: it is not what the search wrote; restore it from a copy")
-    if missing := [key for key in ("config", "fingerprints", "space") if not isinstance(settings.get(key), dict)]:
+    parts = ("config", "fingerprints", "space")
+    if missing := [key for key in parts if not isinstance(settings.get(key), dict)]:
         raise ValueError(f"{path} is not of a search: it lacks {', '.join(missing)}")
     return settings
 
@@ -177,7 +180,7 @@ def write_state(
     status: str,  # one of STATUSES
     **more,  # generation, stage, candidate, parent, branch, error
 ) -> None:
-    "Replace `state.json`, with time, process and its peak memory; if that fails, there is none rather than an old one."
+    "Replace `state.json`; if that fails, there is none rather than an old one."
     path = Path(run_dir) / "state.json"
     who = {"pid": os.getpid(), "host": socket.gethostname(), "memory_bytes": peak_rss()}
     try:
@@ -204,7 +207,7 @@ def process_is_gone(state: dict) -> bool:
 def read_state(
     run_dir: str | Path,  # of a search, past or present
 ) -> dict | None:
-    "What `state.json` says; None when there is none, or it is damaged. Of a killed process: `stopped`, with `killed` set."
+    "What `state.json` says; None without one, or for a damaged one. A killed process has `stopped`."
     try:
         state = read_json(Path(run_dir) / "state.json")
     except (FileNotFoundError, ValueError):  # a machine that loses power may leave an empty file

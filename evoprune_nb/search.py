@@ -7,7 +7,7 @@ __all__ = ['SearchInputs', 'check_inputs', 'fingerprints', 'fitted_parent', 'mut
            'check_same_search', 'open_run', 'evaluation_row', 'row_evaluation', 'position_after', 'RunLog',
            'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations', 'candidate_evaluator', 'StatusBoard',
            'Engine', 'stage_steps', 'AllDisqualified', 'give_up', 'end_generation', 'generation_steps', 'search_steps',
-           'Stepper', 'drive_steps', 'SearchBar', 'SearchView', 'Search', 'check_search']
+           'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'Search', 'check_search']
 
 # %% ../nbs/17_search.ipynb #3f6c4a56
 import math
@@ -38,8 +38,9 @@ from .machine.device import provenance
 from .machine.lock import DirectoryLock, contents
 from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
-from .runlog import (
-    EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings, write_settings, write_state)
+from evoprune_nb.runlog import (
+    EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings, write_settings,
+    write_state)
 from .selection import Elimination, Evaluation, StageEvaluator, check_text, select
 from .source import Source
 from .steering import SearchState, check_command
@@ -77,10 +78,12 @@ def check_inputs(inputs: SearchInputs) -> None:
     "Raise `ValueError` for a database of another model, or missing text."
     mine, theirs = model_fingerprint(inputs.model), inputs.space.model
     if mine != theirs:
-        raise ValueError(f"the level database is of another model: its fingerprint is {theirs}, this model's is {mine}")
+        raise ValueError(
+            f"the level database is of another model: its fingerprint is {theirs}, this model's is {mine}")
     needed = ["tuning", "scoring"] + ["heldout"] * bool(inputs.config.heldout_tokens)
     if missing := [name for name in needed if name not in inputs.pools]:
-        raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
+        lacking = ", ".join(missing)
+        raise ValueError(f"pools lacks {lacking}; load_pools gives all splits when `tokens` is None")
     if inputs.config.heldout_tokens:
         inputs.pools["heldout"].require(inputs.config.heldout_tokens)
 
@@ -106,7 +109,8 @@ def fitted_parent(
     survivor, (budget, _) = Genome.parse(code), plan_budget(inputs.space, rules.target)
     if budget.contains(inputs.space, survivor):
         return survivor
-    return fit_budget(survivor, inputs.space, budget, inputs.database.errors, rules.frozen_units(inputs.space))
+    frozen = rules.frozen_units(inputs.space)
+    return fit_budget(survivor, inputs.space, budget, inputs.database.errors, frozen)
 
 
 def mutants(
@@ -118,8 +122,8 @@ def mutants(
     rules, space = position.rules, inputs.space
     rng = random.Random(derive_seed(inputs.seed(position.branch), position.generation, "mutation"))
     budget, _ = plan_budget(space, rules.target)
-    frozen = rules.frozen_units(space)
-    return make_offspring(parent, space, budget, rules.offspring, rng, rules.operator, rules.max_swaps, frozen)
+    strength = rules.operator, rules.max_swaps
+    return make_offspring(parent, space, budget, rules.offspring, rng, *strength, rules.frozen_units(space))
 
 # %% ../nbs/17_search.ipynb #aadfa475
 def propose(
@@ -153,13 +157,14 @@ def create_run(
     run_dir: Path,  # new, empty, or with a level database in it
     settings: dict,  # what `config.json` is to say
 ) -> None:
-    "Create a run directory, unless another process is first. Raises `ValueError` for a directory of something else."
+    "Create a run directory, unless another process is first. Raises `ValueError` for a used directory."
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run directory {run_dir} is a file; choose another")
     there = contents(run_dir)
-    if "config.json" not in there and (foreign := [name for name in there if name not in ("database", "config.json.tmp")]):
-        raise ValueError(
-            f"run directory {run_dir} is not empty ({', '.join(foreign[:3])}) and holds no search; choose another")
+    foreign = [name for name in there if name not in ("database", "config.json.tmp")]
+    if foreign and "config.json" not in there:
+        some = ", ".join(foreign[:3])
+        raise ValueError(f"run directory {run_dir} is not empty ({some}) and holds no search; choose another")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with DirectoryLock(run_dir):
@@ -191,7 +196,7 @@ def open_run(
     inputs: SearchInputs,  # of the search
     source: Source | None,  # how model, text and database were made
 ) -> None:
-    "Create the run directory, or check that the one there belongs to this search. Wrong arguments leave no trace."
+    "Create the run directory, or check that the one there belongs to this search."
     made_of = fingerprints(inputs.database, inputs.pools, inputs.config)
     mine = plain_json({"config": asdict(inputs.config), "fingerprints": made_of})
     if not (run_dir / "config.json").exists():
@@ -237,7 +242,8 @@ class RunLog:
         origin: SearchState,  # before the first event
     ):
         self.path, self.origin, self._log = path, origin, None
-        self.position = self.end = position_after(origin, read_events(path)[0])  # now, and when all is played back
+        self.position = position_after(origin, read_events(path)[0])
+        self.end = self.position  # when all is played back
 
     @property
     def n_events(self) -> int:
@@ -332,7 +338,7 @@ class CommandQueue:
         command: dict,  # what somebody wants
         position: SearchState,  # where the log ends
     ) -> dict:
-        "Check a command and queue it. Returns it in full, or raises `ValueError` that says what would be right."
+        "Check a command and queue it. Returns it in full; a `ValueError` says what would be right."
         with self._changed:
             for queued in self.waiting:
                 event = {"event": "command", "command": queued} | outcome(queued, position, self.inputs)
@@ -463,7 +469,9 @@ class Engine:
         return self.log.position.n_commands > before
 
 # %% ../nbs/17_search.ipynb #7fd5e19f
-def stage_steps(engine: Engine, candidates: Sequence[Genome], generation: int, stage: int) -> Iterator[Evaluation]:
+def stage_steps(
+    engine: Engine, candidates: Sequence[Genome], generation: int, stage: int
+) -> Iterator[Evaluation]:
     "Evaluations of a stage in order: those in the log, then new ones."
     for start, genome in enumerate(candidates):
         def evaluate() -> dict:
@@ -487,8 +495,8 @@ def give_up(engine: Engine, why: set[str]) -> None:
     if is_new:
         raise AllDisqualified(
             f"generation {number + 1}: all candidates of the last stage were disqualified, the parent too "
-            f"({', '.join(sorted(why))}). Lower the learning rate, or change another setting, and start again: "
-            "the generation begins anew")
+            f"({', '.join(sorted(why))}). "
+            "Lower the learning rate, or change another setting, and start again: the generation begins anew")
 
 
 def end_generation(
@@ -535,7 +543,7 @@ def generation_steps(engine: Engine) -> Iterator[Evaluation | Elimination]:
 
 # %% ../nbs/17_search.ipynb #3bc52a93
 def search_steps(engine: Engine) -> Iterator[Evaluation | Elimination | None]:
-    "The whole search, one event at a time, then None; a finished search goes on when a command gives it something to do."
+    "The whole search, one event at a time, then None; a command may give a finished search more to do."
     log = engine.log
     while True:
         if log.position.generation < log.position.rules.generations:
@@ -547,7 +555,8 @@ def search_steps(engine: Engine) -> Iterator[Evaluation | Elimination | None]:
         if log.coming is None:
             yield None
         elif not engine.play_commands():
-            raise RunDiverged(f"{log.path}: the search is finished, but the record goes on with {log.coming!r}")
+            raise RunDiverged(
+                f"{log.path}: the search is finished, but the record goes on with {log.coming!r}")
 
 # %% ../nbs/17_search.ipynb #e73b36c4
 class Stepper:
@@ -569,8 +578,9 @@ class Stepper:
         except BaseException as error:
             engine.evaluations.close()
             failed = isinstance(error, Exception)
+            status, text = ("failed", traceback.format_exc()) if failed else ("stopped", None)
             with suppress(OSError):  # the disk may be full
-                engine.show("failed" if failed else "stopped", error=traceback.format_exc() if failed else None)
+                engine.show(status, error=text)
             engine.log.close()
             raise
 
@@ -612,6 +622,14 @@ def drive_steps(
         is_evaluation, is_last = isinstance(happened, Evaluation), not engine.log.position.current
         paused = until == "evaluation" and is_evaluation or until == "generation" and is_last
 
+
+def leave(engine: Engine) -> None:
+    "End evaluations under way, and tell onlookers that nobody works on the search."
+    engine.evaluations.close()
+    if engine.board.status in ("running", "paused"):
+        with suppress(OSError):  # the disk may be full
+            engine.show("stopped")
+
 # %% ../nbs/17_search.ipynb #e8ef4712
 class SearchBar:
     "Shows events of a search on a progress bar."
@@ -630,7 +648,8 @@ class SearchBar:
             self.done += forward_tokens(stage.tuning_tokens, stage.scoring_tokens)
         if not position.current:  # the generation has ended, perhaps early
             self.done = work
-        self.bar.total, self.bar.n = rules.generations * work, happened.generation * work + min(self.done, work)
+        self.bar.total = rules.generations * work
+        self.bar.n = happened.generation * work + min(self.done, work)
         where = f"generation {happened.generation + 1}/{rules.generations}, stage {happened.stage + 1}"
         self.bar.set_description(f"search: {where}", refresh=False)
         self.bar.update(0)
@@ -682,7 +701,7 @@ class Search(SearchView):
         database: LevelDatabase,  # its level database
         pools: dict[str, TokenPool],  # with "tuning", "scoring", and "heldout" if config.heldout_tokens
         config: SearchConfig = SearchConfig(),  # all settings
-        evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # makes one, instead of `Evaluator`
+        evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # made from (rules, seed)
         source: Source | None = None,  # how model, text and database were made, for export and `to_notebook`
     ):
         if "latency" in config.target.limits:
@@ -690,8 +709,8 @@ class Search(SearchView):
         self.run_dir, self.model, self.database, self.pools = Path(run_dir), model, database, pools
         self.inputs = SearchInputs(model, database, pools, config)
         check_inputs(self.inputs)
-        origin = self.inputs.origin
-        evaluations = Evaluations(evaluator or candidate_evaluator(self.inputs), self.inputs)
+        origin, make = self.inputs.origin, evaluator or candidate_evaluator(self.inputs)
+        evaluations = Evaluations(make, self.inputs)
         evaluations.prepare(origin.rules, 0)
         propose(self.inputs, origin)  # raises if the mutation cannot keep the budget
         open_run(self.run_dir, self.inputs, source)
@@ -706,7 +725,7 @@ class Search(SearchView):
         "Hold the right to drive the run. Raises `DirectoryBusy` when somebody else has it."
         with self.lock:
             with self.stepper.guarded():
-                pass  # what somebody else wrote meanwhile is read before anything is decided
+                pass  # reads what somebody else wrote meanwhile
             yield
 
     def send(self, command: dict) -> dict:
@@ -714,7 +733,7 @@ class Search(SearchView):
         return self.queue.send(command, self.log.end)
 
     def step(self) -> Evaluation | Elimination | None:
-        "Do one evaluation or elimination; None when the search is finished. After an error, it goes on from the log."
+        "Do one evaluation or elimination; None when the search is finished."
         with self.driving():
             self.stepper.drain()
             return self.stepper.advance()
@@ -725,13 +744,10 @@ class Search(SearchView):
             try:
                 drive_steps(self.stepper, watch)
             finally:
-                self.engine.evaluations.close()
-                if self.status in ("running", "paused"):
-                    with suppress(OSError):
-                        self.engine.show("stopped")
+                leave(self.engine)
 
     def run(self, progress: bool = True) -> Genome:
-        "Search to the end and return the winner. A kill loses one evaluation; a new `Search` on the directory continues."
+        "Search to the end and return the winner. After a kill, a new `Search` on the directory continues."
         with tqdm(desc="search", unit="tok", unit_scale=True, disable=not progress) as bar:
             self.drive(SearchBar(bar, self.log))
         return self.parent
@@ -753,4 +769,5 @@ def check_search(
     limits = {measure: share for measure, share in target.limits.items() if measure != "latency"}
     if limits or target.sparsity is not None or target.params is not None:
         budget, start = plan_budget(space, replace(target, limits=limits))
-        make_offspring(start, space, budget, config.offspring, random.Random(0), config.operator, config.max_swaps)
+        strength = config.operator, config.max_swaps
+        make_offspring(start, space, budget, config.offspring, random.Random(0), *strength)

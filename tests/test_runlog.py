@@ -102,17 +102,28 @@ def test_events_of_version_0_1_are_read(run, tmp_path):
     assert read_events(tmp_path / "events.jsonl", len(lines[0]))[0] == rows[1:]
 
 
-@pytest.mark.parametrize("text", ["half a \ud83d smile", "\udc80", "$\\frac{$", '", "crc": "00000000"}', "a\u2028b", "\x00", "smile \U0001f600"])
+@pytest.mark.parametrize("text", ["$\\frac{$", '", "crc": "00000000"}', "a\u2028b", "\x00", "smile \U0001f600"])
 def test_any_note_can_be_kept(small, tmp_path, text):
-    "Lone surrogates become U+FFFD, anything else is kept; the run is resumed, and its frames can be encoded."
+    "It comes back as it was; the run is resumed, and its frames can be encoded."
     search = search_in(tmp_path / "run", small)
     search.send({"command": "note", "text": text})
     search.step()
     kept = History(tmp_path / "run").notes.text[0]
-    assert kept == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert kept in History(tmp_path / "run").commands.to_html(escape=False).encode().decode()
+    assert kept == text and kept in History(tmp_path / "run").commands.to_html(escape=False).encode().decode()
     winner = search_in(tmp_path / "run", small).run(progress=False)
     assert winner == search_in(tmp_path / "plain", small).run(progress=False)
+
+
+@pytest.mark.parametrize("text", ["half a \ud83d smile", "\udc80"])
+def test_a_note_that_is_no_text_is_refused_or_mended(small, tmp_path, text):
+    "Sent, a lone surrogate is an error; by whatever way it comes into the log, it is written as U+FFFD."
+    search = search_in(tmp_path / "run", small)
+    with pytest.raises(ValueError):
+        search.send({"command": "note", "text": text})
+    with search.driving():
+        row = search.log.record("remark", {"text": text})
+    assert row["text"] == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert read_events(tmp_path / "run" / "events.jsonl")[0][-1] == row
 
 
 def test_surrogates_in_a_log_of_version_0_1(tmp_path):
