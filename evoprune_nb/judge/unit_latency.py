@@ -5,33 +5,32 @@
 # %% auto #0
 __all__ = ['measure_unit_latency']
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #1f6a9879
+# %% ../../nbs/judge/01_unit_latency.ipynb #95fd8808
 import copy
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..candidates import materialize
-from .latency import _cache_name, _prompt, _seconds, time_each
+from .latency import _cache_name, _check_counts, _prompt, _seconds, time_each
 from ..latency_table import (
     PHASES, UnitLatency, check_conditions, latency_conditions, open_unit_latency, unit_shapes)
+from ..machine.files import read_json, write_json
 from ..models import decoder_layers, norm_names
 from ..modeling import drop_sublayer
 from ..database import LevelDatabase
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #511b5953
+# %% ../../nbs/judge/01_unit_latency.ipynb #032c6585
 @torch.no_grad()
-def _recorded_calls(model: nn.Module, layer: int, batch_size: int, prompt_tokens: int) -> dict[str, tuple[tuple, dict]]:
-    "Per phase: the arguments that a decoder layer is called with."
+def _recorded_calls(model: nn.Module, layer: int, batch_size: int, prompt_tokens: int) -> dict:
+    "Per phase: the arguments (positional, by name) that a decoder layer is called with."
     calls = []
-    hook = decoder_layers(model)[1][layer].register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    module = decoder_layers(model)[1][layer]
+    hook = module.register_forward_pre_hook(lambda _, *arguments: calls.append(arguments), with_kwargs=True)
     try:
         prompt, name = _prompt(model, batch_size, prompt_tokens), _cache_name(model)
         read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
@@ -40,16 +39,17 @@ def _recorded_calls(model: nn.Module, layer: int, batch_size: int, prompt_tokens
         hook.remove()
     return dict(zip(PHASES, calls, strict=True))
 
-
+# %% ../../nbs/judge/01_unit_latency.ipynb #639909fd
 def _lone_sublayer(model: nn.Module, database: LevelDatabase, unit: int, level: int) -> nn.Module:
     "The decoder layer of a unit at a level, without its other sublayer."
     row, levels = database.units[unit], [0] * len(database.units)
     levels[unit] = level
-    layer = decoder_layers(materialize(model, database, database.space.genome(levels), trainable=False))[1][row.layer]
+    layer = decoder_layers(materialize(model, database, database.space.genome(levels), trainable=False))[1][
+        row.layer]
     drop_sublayer(layer, "mlp" if row.kind == "attn" else "attn", norm_names(layer))
     return layer
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #52f64fe2
+# %% ../../nbs/judge/01_unit_latency.ipynb #330d5530
 def _copied(cache, entry: int):
     "A cache that can be appended to without changing the original."
     new = copy.copy(cache)
@@ -64,17 +64,20 @@ def _actions(layers: list[nn.Module], calls: dict, config) -> dict[str, list[Cal
 
     attention = layers[0].self_attn
     if attention is None:
-        return {phase: [partial(layer, *args, **kwargs) for layer in layers] for phase, (args, kwargs) in calls.items()}
+        return {
+            phase: [partial(layer, *args, **kwargs) for layer in layers]
+            for phase, (args, kwargs) in calls.items()}
     (args, kwargs), entry = calls["prefill"], attention.layer_idx
     name = next(name for name, value in kwargs.items() if isinstance(value, Cache))
     empty = DynamicCache(config=config)
     full = _copied(empty, entry)
     layers[0](*args, **kwargs | {name: full})  # fills the cache with this sublayer's own keys and values
     before = {"prefill": empty, "decode": full}
-    call = lambda layer, phase: layer(*calls[phase][0], **calls[phase][1] | {name: _copied(before[phase], entry)})
+    call = lambda layer, phase: layer(
+        *calls[phase][0], **calls[phase][1] | {name: _copied(before[phase], entry)})
     return {phase: [partial(call, layer, phase) for layer in layers] for phase in calls}
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #881479d9
+# %% ../../nbs/judge/01_unit_latency.ipynb #7a0058c5
 _LEAST_SECONDS = 0.003  # of a measurement
 _CACHE_BYTES = 128 * 2**20  # more than processors keep
 
@@ -83,7 +86,8 @@ def _copies(layer: nn.Module, n_layers: int) -> list[nn.Module]:
     "The layer and copies of its weights, together as large as the layers of a model, or larger than caches."
     n_bytes = sum(parameter.nbytes for parameter in layer.parameters())
     shared = {id(module.config): module.config for module in layer.modules() if hasattr(module, "config")}
-    return [layer] + [copy.deepcopy(layer, dict(shared)) for _ in range(min(n_layers, -(-_CACHE_BYTES // n_bytes)) - 1)]
+    return [layer] + [
+        copy.deepcopy(layer, dict(shared)) for _ in range(min(n_layers, -(-_CACHE_BYTES // n_bytes)) - 1)]
 
 
 def _repeated(actions: list[Callable[[], object]], device: torch.device) -> tuple[Callable[[], object], int]:
@@ -95,83 +99,115 @@ def _repeated(actions: list[Callable[[], object]], device: torch.device) -> tupl
 
 
 @torch.no_grad()
-def _timed(actions: dict[str, list[Callable[[], object]]], device: torch.device, warmup: int, repeats: int) -> dict[str, list[float]]:
+def _timed(actions: dict[str, list[Callable]], device: torch.device, warmup: int, repeats: int) -> dict:
     "Per name: median and quartiles of the seconds of one call."
     repeated = {name: _repeated(calls, device) for name, calls in actions.items()}
     timings = time_each({name: action for name, (action, _) in repeated.items()}, device, warmup, repeats)
-    return {name: [seconds / repeated[name][1] for seconds in (timing.median, *timing.quartiles)] for name, timing in timings.items()}
+    return {
+        name: [seconds / repeated[name][1] for seconds in (timing.median, *timing.quartiles)]
+        for name, timing in timings.items()}
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #85271119
+# %% ../../nbs/judge/01_unit_latency.ipynb #98f1f129
 def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
     "The dense model without decoder layers."
-    candidate = materialize(model, database, database.space.genome([0] * len(database.units)), trainable=False)
+    candidate = materialize(
+        model, database, database.space.genome([0] * len(database.units)), trainable=False)
     parent, _, name = decoder_layers(candidate)[0].rpartition(".")
     setattr(candidate.get_submodule(parent), name, nn.ModuleList())
     return candidate
 
 
-def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, list[Callable[[], object]]]:
+def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, list[Callable]]:
+    "Per phase: a call of the model without its layers."
     prompt = _prompt(bare, batch_size, prompt_tokens)
-    return {phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)] for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
+    return {
+        phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)]
+        for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
 
-# %% ../../nbs/judge/01_unit_latency.ipynb #fe57c5f1
+# %% ../../nbs/judge/01_unit_latency.ipynb #064c978c
 def measure_unit_latency(
     model: nn.Module,  # the dense model, on the device and in the dtype that count
     database: LevelDatabase,  # its level database
     batch_size: int = 1,  # sequences at a time
     prompt_tokens: int = 512,  # tokens read, per sequence; also the context in which a token is written
-    new_tokens: int = 0,  # tokens written after the prompt, for the costs; 0: the time to read the prompt counts alone. Can be changed without measuring again
+    new_tokens: int = 0,  # tokens written after the prompt, for the costs; can change without measuring again
     warmup: int = 2,  # untimed turns
     repeats: int = 10,  # timed turns
     name: str = "latency",  # of the file beside the database's manifest, without .json
     progress: bool = True,  # show a bar
 ) -> UnitLatency:
-    "Measure every shape, or continue a measurement that was interrupted. Raises `ValueError` for a table of that name with other conditions."
+    "Measure every shape, or continue. Raises `ValueError` for a table of that name with other conditions."
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for what, value, least in (("batch_size", batch_size, 1), ("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0), ("warmup", warmup, 0), ("repeats", repeats, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{what} must be a whole number of at least {least}; got {value!r}")
+    _check_counts(batch_size=(batch_size, 1), prompt_tokens=(prompt_tokens, 1), new_tokens=(new_tokens, 0),
+                  warmup=(warmup, 0), repeats=(repeats, 1))
     if limit and prompt_tokens >= limit:
-        raise ValueError(f"the model reads at most {limit:,} tokens; a prompt of {prompt_tokens:,} leaves no room to write one")
+        raise ValueError(
+            f"the model reads at most {limit:,} tokens; a prompt of {prompt_tokens:,} leaves no room for one"
+        )
     path = database.directory / f"{name}.json"
-    conditions = latency_conditions(model, database) | {"batch_size": batch_size, "prompt_tokens": prompt_tokens}
+    conditions = latency_conditions(model, database) | {
+        "batch_size": batch_size, "prompt_tokens": prompt_tokens}
     table = {"conditions": conditions | {"torch": torch.__version__}, "seconds": {}}
     if path.exists():
-        table = json.loads(path.read_text())
+        table = read_json(path)
         check_conditions(path, table["conditions"], conditions)
     table["conditions"]["new_tokens"] = new_tokens
     was_training = model.training
+    how = (batch_size, prompt_tokens), (warmup, repeats), progress
     try:
-        _write(path, table)
-        for measured in _measure(model.eval(), database, table, (batch_size, prompt_tokens), (warmup, repeats), progress):
+        write_json(path, table)
+        for measured in _measure(model.eval(), database, table, *how):
             table["seconds"] |= measured
-            _write(path, table)
+            write_json(path, table)
     finally:
         model.train(was_training)
     return open_unit_latency(model, database, name)
 
+# %% ../../nbs/judge/01_unit_latency.ipynb #13bc6604
+def _missing_shapes(model: nn.Module, database: LevelDatabase, known: dict) -> dict[str, tuple[int, int]]:
+    "Shapes that are not measured yet, and a unit and level that have each."
+    shapes = unit_shapes(model, database)
+    return {shape: (unit, level) for unit, levels in enumerate(shapes) for level, shape in enumerate(levels)
+            if shape and shape not in known}
 
-def _write(path: Path, table: dict) -> None:
-    "Replace the file in one step."
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(table, indent=1))
-    os.replace(scratch, path)
 
+def _measure_shapes(
+    model: nn.Module,  # the dense model
+    database: LevelDatabase,  # its level database
+    unit: int,  # index of a unit
+    levels: dict[str, int],  # shape → a level of the unit that has it
+    prompt: tuple[int, int],  # batch size and tokens
+    turns: tuple[int, int],  # untimed and timed
+) -> dict[str, dict[str, list[float]]]:
+    "Seconds of shapes of one unit, timed in turns."
+    calls, actions = _recorded_calls(model, database.units[unit].layer, *prompt), {}
+    for shape, level in levels.items():
+        layers = _copies(_lone_sublayer(model, database, unit, level), len(decoder_layers(model)[1]))
+        with torch.no_grad():
+            each = _actions(layers, calls, model.config)
+        actions |= {(shape, phase): action for phase, action in each.items()}
+    timed = _timed(actions, model.device, *turns)
+    return {shape: {phase: timed[shape, phase] for phase in PHASES} for shape in levels}
 
-def _measure(model: nn.Module, database: LevelDatabase, table: dict, prompt: tuple[int, int], turns: tuple[int, int], progress: bool) -> Iterator[dict[str, dict[str, list[float]]]]:
+# %% ../../nbs/judge/01_unit_latency.ipynb #9118bb45
+def _measure(
+    model: nn.Module,  # the dense model
+    database: LevelDatabase,  # its level database
+    table: dict,  # with the shapes that are measured
+    prompt: tuple[int, int],  # batch size and tokens
+    turns: tuple[int, int],  # untimed and timed
+    progress: bool,  # show a bar
+) -> Iterator[dict[str, dict[str, list[float]]]]:
     "Seconds of all shapes that the table lacks, unit by unit."
-    missing = {shape: (unit, level) for unit, levels in enumerate(unit_shapes(model, database)) for level, shape in enumerate(levels) if shape and shape not in table["seconds"]}
-    with tqdm(total=len(missing) + ("fixed" not in table["seconds"]), desc="timing shapes", unit="shape", disable=not progress) as bar:
+    missing = _missing_shapes(model, database, table["seconds"])
+    n = len(missing) + ("fixed" not in table["seconds"])
+    with tqdm(total=n, desc="timing shapes", unit="shape", disable=not progress) as bar:
         if "fixed" not in table["seconds"]:
-            yield {"fixed": _timed(_fixed_actions(_without_layers(model, database), *prompt), model.device, *turns)}
+            yield {
+                "fixed": _timed(
+                    _fixed_actions(_without_layers(model, database), *prompt), model.device, *turns)}
             bar.update()
         for unit in sorted({unit for unit, _ in missing.values()}):
             mine = {shape: level for shape, (other, level) in missing.items() if other == unit}
-            calls, actions = _recorded_calls(model, database.units[unit].layer, *prompt), {}
-            for shape, level in mine.items():
-                layers = _copies(_lone_sublayer(model, database, unit, level), len(decoder_layers(model)[1]))
-                with torch.no_grad():
-                    actions |= {(shape, phase): each for phase, each in _actions(layers, calls, model.config).items()}
-            timed = _timed(actions, model.device, *turns)
-            yield {shape: {phase: timed[shape, phase] for phase in PHASES} for shape in mine}
+            yield _measure_shapes(model, database, unit, mine, prompt, turns)
             bar.update(len(mine))
