@@ -86,6 +86,7 @@ def check_inputs(inputs: SearchInputs) -> None:
         raise ValueError(f"pools lacks {lacking}; load_pools gives all splits when `tokens` is None")
     if inputs.config.heldout_tokens:
         inputs.pools["heldout"].require(inputs.config.heldout_tokens)
+    inputs.database.require_begin(inputs.pools["scoring"].begin)
 
 # %% ../nbs/17_search.ipynb #4a5f4382
 def fingerprints(
