@@ -33,7 +33,7 @@ def update(widget: widgets.Widget, **values) -> None:
         if getattr(widget, name) != value:
             setattr(widget, name, value)
 
-# %% ../../nbs/ui/02b_cards.ipynb #91998439
+# %% ../../nbs/ui/02b_cards.ipynb #931f6076
 def card(
     title: str,  # its heading
     *children: widgets.Widget,  # below each other
@@ -43,12 +43,13 @@ def card(
     "A framed part of the panel."
     heading = html(f"<h3>{escape(title)}{f'<small>{escape(hint)}</small>' if hint else ''}</h3>")
     layout = widgets.Layout(
-        flex=flex, flex_flow="column", min_width="min(330px, 100%)", padding="12px 16px", grid_gap="8px", overflow="hidden")
+        flex=flex, flex_flow="column", min_width="min(330px, 100%)", padding="12px 16px", grid_gap="8px",
+        overflow="hidden")
     box = widgets.Box([heading, *children], layout=layout)
     box.add_class("evo-card")
     return box
 
-
+# %% ../../nbs/ui/02b_cards.ipynb #06271d18
 def to_come(
     words: str,  # what will be there
 ) -> widgets.VBox:
@@ -66,7 +67,7 @@ def _bar() -> widgets.FloatProgress:
     layout = widgets.Layout(width="auto", flex="1 1 200px", height="14px", margin="0")
     return widgets.FloatProgress(0, min=0, max=1, layout=layout, style={"bar_color": "#0072B2"})
 
-# %% ../../nbs/ui/02b_cards.ipynb #473e831d
+# %% ../../nbs/ui/02b_cards.ipynb #81f21666
 class RunCard:
     "What drives the run, how far it is, and what was last said."
 
@@ -81,11 +82,12 @@ class RunCard:
         self.say.add_class("evo-say")
         self.start = button("Start", "Start the search, or go on where it stands", start, "play", "primary")
         self.pause = self._command("pause", "Wait after the evaluation under way")
-        self.stop = self._command("stop", "End the work for now, after the evaluation under way; Start goes on")
+        self.stop = self._command("stop", "End the work after the evaluation under way; Start goes on")
         self.step = button(
             "Step: evaluation", "Do one evaluation, then pause", lambda: step("evaluation"), "step-forward")
         self.step_generation = button(
-            "Step: generation", "Finish one generation, then pause", lambda: step("generation"), "fast-forward")
+            "Step: generation", "Finish one generation, then pause", lambda: step("generation"),
+            "fast-forward")
         self.bar_run, self.bar_generation = _bar(), _bar()
         self.text_run, self.text_generation = html(width="205px"), html(width="205px")
         self.note = _text_field(
@@ -93,7 +95,8 @@ class RunCard:
         self.add_note = button("Add note", "Keep this text in the run's log", self._add_note, "pencil")
         buttons = row(self.start, self.pause, self.step, self.step_generation, self.stop)
         bars = row(self.text_run, self.bar_run), row(self.text_generation, self.bar_generation)
-        self.widget = card("Run", self.say, self.failure, buttons, self.stats, *bars, row(self.note, self.add_note))
+        notes = row(self.note, self.add_note)
+        self.widget = card("Run", self.say, self.failure, buttons, self.stats, *bars, notes)
 
     def _command(self, name: str, tooltip: str) -> widgets.Button:
         return button(name.capitalize(), tooltip, lambda: self.send({"command": name}), name)
@@ -126,7 +129,7 @@ def enable_buttons(
     for part in (run.note, run.add_note):
         update(part, disabled=not (able and commanded))
 
-# %% ../../nbs/ui/02b_cards.ipynb #1f7a1c47
+# %% ../../nbs/ui/02b_cards.ipynb #9662efcd
 def show_progress(
     run: RunCard,  # the card
     history: History,  # of the run
@@ -141,7 +144,7 @@ def show_progress(
     update(run.text_run, value=quiet(f"run: {done / max(total, 1):.0%} of the plan"))
     update(run.text_generation, value=quiet(f"generation: {here} of {whole} evaluations"))
 
-
+# %% ../../nbs/ui/02b_cards.ipynb #892486d7
 def show_preparation(
     run: RunCard,  # the card
     built: int,  # units in the level database
@@ -152,7 +155,7 @@ def show_preparation(
     update(run.text_run, value=quiet("level database" + (f": {built} of {units} units" if units else "")))
     update(run.text_generation, value=quiet("generation"))
 
-# %% ../../nbs/ui/02b_cards.ipynb #3af5c29f
+# %% ../../nbs/ui/02b_cards.ipynb #a7a23b99
 class MomentCard:
     "Chooses the generation after which the run is shown."
 
@@ -170,7 +173,7 @@ class MomentCard:
         layout = widgets.Layout(width="auto", flex="0 0 auto")
         self.live = widgets.ToggleButton(
             True, description="Live", icon="eye", tooltip="Follow the run as it goes on", layout=layout)
-        tooltip = "Go back to the parent of the generation at the slider, and search on on a new branch; nothing is lost"
+        tooltip = "Search on from the parent of the generation at the slider, on a new branch; nothing is lost"
         self.back = button("Branch from here", tooltip, lambda: branch(self.slider.value), "code-fork")
         self.slider.observe(lambda _: self._moved(), "value")
         self.live.observe(lambda _: changed(), "value")
@@ -198,7 +201,7 @@ class MomentCard:
         update(self.when, value=quiet(("now, " if self.live.value and n else "") + where))
         update(self.back, disabled=not can_branch or self.live.value or n == 0)
 
-# %% ../../nbs/ui/02b_cards.ipynb #5ddf6689
+# %% ../../nbs/ui/02b_cards.ipynb #62085639
 class CandidateCard:
     "Chooses a candidate, and lets it write."
 
@@ -210,12 +213,12 @@ class CandidateCard:
     ):
         tooltip = "Which candidate is shown beside its parent, priced and asked to continue the prompt"
         self.choice = widgets.Dropdown(
-            options=[("–", "")], description="candidate", style={"description_width": "auto"}, tooltip=tooltip,
-            layout=widgets.Layout(width="330px", margin="0"))
+            options=[("–", "")], description="candidate", style={"description_width": "auto"},
+            tooltip=tooltip, layout=widgets.Layout(width="330px", margin="0"))
         self.choice.observe(lambda _: changed(), "value")
         self.edit = button("Copy to draft", "Begin a draft from this candidate", copy, "copy")
         self.prompt = _text_field("The city is located in", "a prompt", "Text for both models to go on from")
-        tooltip = "Let the candidate and the dense model continue the prompt, greedily; the search goes on meanwhile"
+        tooltip = "Let the candidate and the dense model continue the prompt; the search goes on meanwhile"
         self.ask = button("Continue", tooltip, ask, "comment")
         self.answer = html()
 
@@ -230,10 +233,10 @@ class CandidateCard:
             self.choice.options = choices
             self.choice.value = chosen
 
-# %% ../../nbs/ui/02b_cards.ipynb #fc8e239d
+# %% ../../nbs/ui/02b_cards.ipynb #22f90032
 HALF = "1 1 max(480px, 34%)"  # two cards in a line, or one
 
-
+# %% ../../nbs/ui/02b_cards.ipynb #63bab49d
 def page(
     head: widgets.Widget,  # the title line
     cards: Iterable[widgets.Widget],  # in order
@@ -241,7 +244,8 @@ def page(
     "The whole panel."
     layout = widgets.Layout(
         flex_flow="row wrap", grid_gap="12px", width="100%", align_items="stretch", overflow="visible")
-    grid, style = widgets.Box(list(cards), layout=layout), widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
+    grid = widgets.Box(list(cards), layout=layout)
+    style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
     layout = widgets.Layout(width="100%", grid_gap="10px", padding="4px", overflow="visible")
     made = widgets.VBox([style, head, grid], layout=layout)
     made.add_class("evo")

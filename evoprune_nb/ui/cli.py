@@ -56,7 +56,7 @@ def add_option(
     kind = {"type": type(default)} if default not in (None, "", []) else {}
     parser.add_argument(name, default=default, help=words + " (default: %(default)s)" * known, **kind | more)
 
-# %% ../../nbs/ui/04_cli.ipynb #42c2bc6e
+# %% ../../nbs/ui/04_cli.ipynb #51797a9b
 def run_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune run`."
     parser.add_argument("notebook", help="path of the notebook, e.g. nbs/experiments/demo.ipynb")
@@ -67,7 +67,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--reports", "reports", "directory of reports")
     add_option(parser, "--list", False, "list the notebook's parameters and stop")
 
-
+# %% ../../nbs/ui/04_cli.ipynb #33e310e8
 def _parameter_file(path: str) -> dict:
     "The parameters of a YAML file."
     if not Path(path).is_file():
@@ -126,7 +126,7 @@ def _checkpoint(source: str, options: argparse.Namespace, scratch: str) -> str:
     card = run_card(history, base_model=options.model, figure=figure)
     return str(export_hf(candidate, tokenizer, Path(scratch) / "winner", card))
 
-# %% ../../nbs/ui/04_cli.ipynb #7d582242
+# %% ../../nbs/ui/04_cli.ipynb #2e2b3446
 def eval_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune eval`: what is measured."
     words = "exported or other local directory, run directory, embedded name, or hub id"
@@ -146,7 +146,7 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--memory", False, "measure peak memory in a process of its own")
     _measuring_options(parser)
 
-
+# %% ../../nbs/ui/04_cli.ipynb #53ec8801
 def _measuring_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune eval`: how it is measured."
     add_option(parser, "--batch-size", 1, "sequences at a time when measuring latency and memory")
@@ -161,7 +161,7 @@ def _measuring_options(parser: argparse.ArgumentParser) -> None:
                "NAME.evaluation.json here for other models)", metavar="FILE")
     winner_options(parser)
 
-# %% ../../nbs/ui/04_cli.ipynb #19843b05
+# %% ../../nbs/ui/04_cli.ipynb #dc3f3df8
 def _heldout(options: argparse.Namespace, model: nn.Module, tokenizer) -> tuple[dict, dict]:
     "Held-out text."
     pools = load_pools(options.text, tokenizer, options.seq_len, {"heldout": options.tokens}, options.column)
@@ -178,14 +178,14 @@ def _task_files(options: argparse.Namespace, directory: str) -> list[str]:
     written = lambda task: str(write_task(task, directory, prompt=prompt))
     return [written(task) if Path(task).suffix == ".jsonl" else task for task in options.tasks]
 
-
+# %% ../../nbs/ui/04_cli.ipynb #91cb3c63
 def _tasks(options: argparse.Namespace, model: nn.Module, tokenizer, tasks: list) -> tuple[dict, dict]:
     "Zero-shot tasks."
     hashes = {task: file_hash(task) for task in options.tasks}
     conditions = {"tasks": hashes, "limit": options.limit, "prompt": options.prompt, "num_fewshot": 0}
     return {"tasks": zero_shot(model, tokenizer, tasks, options.limit, progress=True)}, conditions
 
-# %% ../../nbs/ui/04_cli.ipynb #4dd7a638
+# %% ../../nbs/ui/04_cli.ipynb #c8c80634
 def _shape(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in ("batch_size", "prompt_tokens", "new_tokens")}
 
@@ -196,7 +196,7 @@ def _speed(options: argparse.Namespace, model: nn.Module) -> dict:
     cache = kv_cache_bytes(model, options.prompt_tokens) // options.prompt_tokens
     return {"latency": measured, "kv_bytes_per_token": cache}
 
-
+# %% ../../nbs/ui/04_cli.ipynb #65dc510a
 def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dict]:
     "The function that loads a checkpoint, by its module's and its own name, and its arguments."
     loading = dict(dtype=options.dtype, device=str(resolve_device(options.device)))
@@ -204,7 +204,7 @@ def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dic
         return "evoprune_nb.ship.export:load_exported", loading
     return "evoprune_nb.models:load_model", loading | {"trust_remote_code": options.trust_remote_code}
 
-# %% ../../nbs/ui/04_cli.ipynb #cdc7baa5
+# %% ../../nbs/ui/04_cli.ipynb #60f2226c
 def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict, dict]:
     "The model, what was measured of it, and under which conditions."
     tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
@@ -225,7 +225,7 @@ def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict
         measured["memory"] = peak_memory(checkpoint, **_shape(options), loader=loader, **loading)
     return model, measured, conditions
 
-
+# %% ../../nbs/ui/04_cli.ipynb #bd3663dc
 def _eval(options: argparse.Namespace) -> None:
     "Measure; a table on the screen, JSON on disk, scores on the checkpoint's card."
     with tempfile.TemporaryDirectory() as scratch:
@@ -261,7 +261,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
                "they share that of the Hessians)", type=float)
     add_option(parser, "--device", None, "measure the rate of this torch device, to estimate hours")
 
-# %% ../../nbs/ui/04_cli.ipynb #0db19320
+# %% ../../nbs/ui/04_cli.ipynb #5750f5e0
 def _read_setting(name: str, text: str, default):
     "The value of a setting, of the kind that its default is."
     value = float(text) if name == "lr" else yaml.safe_load(text)
@@ -270,7 +270,7 @@ def _read_setting(name: str, text: str, default):
         raise ValueError(f"{text!r} is no number")
     return tuple(Stage(*row) for row in value) if name == "stages" else value
 
-
+# %% ../../nbs/ui/04_cli.ipynb #e19683d0
 def search_config(
     given: list[list[str]],  # names and values, as on the command line
 ) -> SearchConfig:
@@ -294,11 +294,11 @@ def search_config(
     return SearchConfig(
         **chosen["search"], target=Target(**chosen["target"]), training=Training(**chosen["training"]))
 
-# %% ../../nbs/ui/04_cli.ipynb #29656892
+# %% ../../nbs/ui/04_cli.ipynb #072b18c0
 def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
-
+# %% ../../nbs/ui/04_cli.ipynb #8796ea0d
 def _plan(options: argparse.Namespace) -> None:
     "Print the plan, and what will not fit."
     tokens, batch = options.post_tokens, options.post_batch
@@ -314,7 +314,7 @@ def _plan(options: argparse.Namespace) -> None:
     for line in planned.too_large():
         print(f"too large: {line}")
 
-# %% ../../nbs/ui/04_cli.ipynb #d37dd3e4
+# %% ../../nbs/ui/04_cli.ipynb #e3bd7849
 _SETTINGS_HELP = {
     "n_tokens": "budget, rounded down to whole optimizer steps",
     "seq_len": "tokens per block",
@@ -334,7 +334,7 @@ _SETTINGS_HELP = {
     "seed": "of the shuffling",
 }
 
-
+# %% ../../nbs/ui/04_cli.ipynb #1cf4b7aa
 def _settings_options(parser: argparse.ArgumentParser) -> None:
     "One option for each setting of `PostTraining`."
     for field in fields(PostTraining):
@@ -345,7 +345,7 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         words = _SETTINGS_HELP[field.name] + ("" if required else " (default: %(default)s)")
         parser.add_argument(name, dest=field.name, **kind, **more, help=words)
 
-# %% ../../nbs/ui/04_cli.ipynb #80ec66a7
+# %% ../../nbs/ui/04_cli.ipynb #bc354550
 def post_train_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune post-train`."
     parser.add_argument("source", metavar="SOURCE", help="exported directory, or run directory")
@@ -361,7 +361,7 @@ def post_train_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--report-to", "none", "Trainer's logging integration, e.g. tensorboard, wandb")
     winner_options(parser)
 
-
+# %% ../../nbs/ui/04_cli.ipynb #c746f9bb
 def _post_train(options: argparse.Namespace) -> None:
     "Post-train; say where the result is."
     settings = PostTraining(**{field.name: getattr(options, field.name) for field in fields(PostTraining)})
@@ -373,10 +373,10 @@ def _post_train(options: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", 0)) == 0:  # one of several processes speaks
         print(f"post-trained model: {out.resolve()}")
 
-# %% ../../nbs/ui/04_cli.ipynb #9e0e7cce
+# %% ../../nbs/ui/04_cli.ipynb #88bdb8fc
 FORMATS = ("hf", "padded", "gguf")
 
-
+# %% ../../nbs/ui/04_cli.ipynb #9dbe79fb
 def export_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune export`."
     words = "run directory of a search, or a checkpoint written by export or post-train"
@@ -395,7 +395,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--max-shard-size", "5GB", "hf and padded: split larger weights into several files")
     winner_options(parser)
 
-# %% ../../nbs/ui/04_cli.ipynb #9e17ca50
+# %% ../../nbs/ui/04_cli.ipynb #af350f4f
 def _check_export(options: argparse.Namespace) -> None:
     "Refuse options that do not go together."
     if options.format == "hf" and (options.pad_heads or options.keep_head_count):
@@ -404,7 +404,7 @@ def _check_export(options: argparse.Namespace) -> None:
     if options.format == "gguf" and options.keep_head_count:
         raise ValueError("--keep-head-count is for --format padded: a GGUF file says its head size")
 
-
+# %% ../../nbs/ui/04_cli.ipynb #8776aa8b
 def _export(options: argparse.Namespace) -> None:
     "Write the checkpoint; say where it is."
     out = check_target(options.out)
@@ -435,7 +435,7 @@ def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
     genome = Genome.parse(options.genome) if options.genome else history.winner
     return model, tokenizer, run_card(history, genome, options.model, genome_figure(genome, history.space))
 
-# %% ../../nbs/ui/04_cli.ipynb #2b05e6b3
+# %% ../../nbs/ui/04_cli.ipynb #c28dd485
 COMMANDS = {  # name → what it does, its options, its work
     "run": ("run an experiment notebook headless and write its report", run_options, _run),
     "fetch": ("fetch embedded models and text into the cache, to be used offline later",
@@ -449,7 +449,7 @@ COMMANDS = {  # name → what it does, its options, its work
                export_options, _export),
 }
 
-
+# %% ../../nbs/ui/04_cli.ipynb #cd42b7c3
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `evoprune`."
     parser = argparse.ArgumentParser(
@@ -461,7 +461,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=work)
     return parser
 
-# %% ../../nbs/ui/04_cli.ipynb #99989ab7
+# %% ../../nbs/ui/04_cli.ipynb #117f942a
 def main(
     arguments: list[str] | None = None,  # without the program's name; None: those of this process
 ) -> int:
@@ -472,8 +472,8 @@ def main(
     try:
         options.function(options)
     except PapermillExecutionError as error:
-        print(f"\nevoprune: {error.ename}: {error.evalue}\n(in cell {error.exec_count} of {options.notebook}; "
-              "the traceback is in the executed notebook, running.ipynb, in the report directory)",
+        print(f"\nevoprune: {error.ename}: {error.evalue}\n(in cell {error.exec_count} of {options.notebook}"
+              "; the traceback is in the executed notebook, running.ipynb, in the report directory)",
               file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:

@@ -22,7 +22,7 @@ from ..paper.figures import level_color, swaps
 from ..selection import FITNESS, Stage
 from ..target import Budget
 
-# %% ../../nbs/ui/02_controls.ipynb #a82d98cc
+# %% ../../nbs/ui/02_controls.ipynb #2f87b243
 def button(
     label: str,  # what it says
     tooltip: str,  # what it does, and when
@@ -36,7 +36,7 @@ def button(
     made.on_click(lambda _: click())
     return made
 
-
+# %% ../../nbs/ui/02_controls.ipynb #03697b75
 def row(*children: widgets.Widget, gap: str = "6px 10px", align: str = "center") -> widgets.Box:
     "Widgets side by side; what does not fit goes to the next line."
     layout = dict(flex_flow="row wrap", grid_gap=gap, align_items=align, width="100%", overflow="visible")
@@ -47,7 +47,7 @@ def column(*children: widgets.Widget, gap: str = "6px", **layout) -> widgets.VBo
     "Widgets below each other."
     return widgets.VBox(children, layout=widgets.Layout(overflow="visible", grid_gap=gap, **layout))
 
-# %% ../../nbs/ui/02_controls.ipynb #d2422728
+# %% ../../nbs/ui/02_controls.ipynb #5f08342f
 class _Hinted(widgets.Box):
     "A box with a tooltip; the page asks for a description too, before it shows one."
     description = traitlets.Unicode("").tag(sync=True)
@@ -58,7 +58,7 @@ def hinted(field: widgets.Widget) -> widgets.Box:
     layout = widgets.Layout(flex=field.layout.flex or "0 0 auto", overflow="visible")
     return _Hinted([field], tooltip=field.tooltip, layout=layout)
 
-
+# %% ../../nbs/ui/02_controls.ipynb #a4fadc65
 def labelled(label: str, field: widgets.Widget, width: str = "142px", hidden: bool = False) -> widgets.Box:
     "A field below its label; a hidden label is for screen readers only."
     field.description = label
@@ -66,13 +66,13 @@ def labelled(label: str, field: widgets.Widget, width: str = "142px", hidden: bo
     field.add_class("evo-bare" if hidden else "evo-field")
     return hinted(field)
 
-# %% ../../nbs/ui/02_controls.ipynb #5fe0c0fa
+# %% ../../nbs/ui/02_controls.ipynb #b155797a
 def _axis(text: str, column: int, line: int) -> widgets.HTML:
     made = widgets.HTML(text, layout=widgets.Layout(grid_area=f"{line} / {column}", margin="0"))
     made.add_class("evo-axis")
     return made
 
-
+# %% ../../nbs/ui/02_controls.ipynb #21391171
 def _cell(unit, crowded: bool, click: Callable[[], None]) -> widgets.Button:
     "The button of a unit, at its place in the grid."
     area = f"{2 if unit.kind == 'attn' else 3} / {unit.layer + 2}"
@@ -85,7 +85,7 @@ def _cell(unit, crowded: bool, click: Callable[[], None]) -> widgets.Button:
     cell.on_click(lambda _: click())
     return cell
 
-
+# %% ../../nbs/ui/02_controls.ipynb #d5bc19de
 def make_grid(
     space: Space,  # which units there are
     select: Callable[[int], None],  # takes the index of the unit whose cell is pressed
@@ -100,13 +100,13 @@ def make_grid(
         overflow="auto", padding="3px")
     return widgets.GridBox(axes + cells, layout=layout), cells
 
-# %% ../../nbs/ui/02_controls.ipynb #dd72d60e
+# %% ../../nbs/ui/02_controls.ipynb #aea80a49
 def set_class(widget: widgets.Widget, name: str, on: bool) -> None:
     "Add or remove a class; what stays the same sends nothing."
     if on != (name in widget._dom_classes):
         (widget.add_class if on else widget.remove_class)(name)
 
-
+# %% ../../nbs/ui/02_controls.ipynb #895976a9
 def show_cell(
     cell: widgets.Button,  # of the unit
     space: Space,  # which units there are
@@ -166,7 +166,7 @@ class UnitTools:
         self.freeze.description, self.freeze.icon = ("Thaw", "unlock") if frozen else ("Freeze", "lock")
         self.freeze.disabled = not enabled
 
-# %% ../../nbs/ui/02_controls.ipynb #709f87b1
+# %% ../../nbs/ui/02_controls.ipynb #e63299ff
 def _verdict(cost: float, least: float, most: float) -> str:
     if cost > most:
         return f'<b class="evo-bad">✗ {cost - most:,.0f} too many</b>'
@@ -174,7 +174,7 @@ def _verdict(cost: float, least: float, most: float) -> str:
         return f'<b class="evo-bad">✗ {least - cost:,.0f} too few</b>'
     return '<b class="evo-good">✓ fits</b>'
 
-
+# %% ../../nbs/ui/02_controls.ipynb #f45b272b
 def draft_html(
     draft: Genome,  # being edited
     parent: Genome,  # compared with
@@ -271,7 +271,7 @@ class GenomeEditor:
         self.inject.disabled = not (self.enabled and fits and draft != self.parent)
         self.reset.disabled = draft == self.parent
 
-# %% ../../nbs/ui/02_controls.ipynb #cb15677a
+# %% ../../nbs/ui/02_controls.ipynb #0a72117b
 _COLUMNS = {  # column → least value, tooltip
     "survivors": (1, "Candidates left after this stage"),
     "tuning tokens": (0, "Tokens each candidate has been tuned on when it is scored; 0 for none"),
@@ -288,7 +288,7 @@ def _line(first: str, *rest: widgets.Widget) -> widgets.HBox:
     layout = widgets.Layout(overflow="visible", grid_gap="6px", align_items="center")
     return widgets.HBox([_heading(first, "52px"), *rest], layout=layout)
 
-
+# %% ../../nbs/ui/02_controls.ipynb #cf325c1d
 class StageTable:
     "The stage schedule as rows of three numbers."
 
@@ -334,12 +334,12 @@ class StageTable:
         self._body.children = lines
         self.remove.disabled = len(stages) == 1
 
-# %% ../../nbs/ui/02_controls.ipynb #c8788e45
+# %% ../../nbs/ui/02_controls.ipynb #4e36d60b
 _LIMITS = {"flops": "FLOPs", "kv_bytes": "K/V cache", "latency": "latency"}  # measure → name of its field
 _LABELS = {"offspring": "offspring (λ)", "max_swaps": "mutation strength", "operator": "mutation operator",
            "lr": "learning rate"}
 
-
+# %% ../../nbs/ui/02_controls.ipynb #801c1acb
 def setting_fields() -> dict[str, widgets.Widget]:
     "A field for each setting that is one number or one choice."
     number = lambda most, tooltip: widgets.BoundedIntText(1, min=1, max=most, tooltip=tooltip)
@@ -395,7 +395,7 @@ class TargetFields:
         limits = self._hidden | {name: field.value for name, field in self.limits.items() if field.value}
         return {"target": (kind, {"params": int(value), "sparsity": value}.get(kind, 0)), "limits": limits}
 
-# %% ../../nbs/ui/02_controls.ipynb #083f5ff2
+# %% ../../nbs/ui/02_controls.ipynb #fd07eeff
 def settings_of(
     config: ActiveConfig,  # in force
 ) -> dict[str, object]:
@@ -411,7 +411,7 @@ def setting_names() -> tuple[str, ...]:
     "Names of the settings that are one number or one choice."
     return "offspring", "max_swaps", "operator", "fitness", "lr", "generations"
 
-
+# %% ../../nbs/ui/02_controls.ipynb #dead66fe
 def setting_commands(
     before: dict[str, object],  # in force
     after: dict[str, object],  # as fields show them

@@ -49,7 +49,7 @@ class Moment:
         names = candidate_names(self.history, self.generation, self.branch)
         return names.get(code, "Winner" if self.options else "Start")
 
-# %% ../../nbs/ui/02c_gallery.ipynb #3f365eb4
+# %% ../../nbs/ui/02c_gallery.ipynb #8119fb39
 def latest_moment(
     history: History,  # of a run
 ) -> Moment:
@@ -59,7 +59,7 @@ def latest_moment(
         return Moment(history, int(frame.branch.iloc[-1]), int(frame.generation.iloc[-1]))
     return Moment(history, history.branch, history.generation)
 
-
+# %% ../../nbs/ui/02c_gallery.ipynb #ac0a1c36
 class Moments:
     "Moments of a run; the last one that was asked for is kept."
 
@@ -95,7 +95,7 @@ def text_parts(
         "log": (moment.key, lambda: log_html(view)),
     }
 
-# %% ../../nbs/ui/02c_gallery.ipynb #e8cee643
+# %% ../../nbs/ui/02c_gallery.ipynb #0ea9dd6f
 def picture_parts(
     moment: Moment,  # to be shown
     code: str,  # of the candidate
@@ -112,14 +112,15 @@ def picture_parts(
             f"ranks of the candidates of generation {generation + 1}, stage by stage: "
             f"{len(view.evaluations)} evaluations in all")),
         "genome": ((code, parent), lambda: picture(
-            genome_figure(Genome.parse(code), view.space, moment.name(code), Genome.parse(parent), "parent", "page"),
+            genome_figure(
+                Genome.parse(code), view.space, moment.name(code), Genome.parse(parent), "parent", "page"),
             "genome of a candidate beside its parent")),
         "lineage": (tuple(view.line), lambda: picture(
             lineage_figure(view, "page"), f"what the winners keep, generations 0 to {len(view.line)}")),
         "tokens": (tokens_key, lambda: picture(tokens_figure(view, "page"), "tokens used, against the plan")),
     }
 
-# %% ../../nbs/ui/02c_gallery.ipynb #f3430235
+# %% ../../nbs/ui/02c_gallery.ipynb #f82f046e
 TO_COME = {  # part → what will be there when the search has begun
     "fitness": "a dot for each candidate, generation by generation, and a mark for each time you steer",
     "stages": "the candidates' ranks before and after tuning, and who falls where",
@@ -131,7 +132,7 @@ TO_COME = {  # part → what will be there when the search has begun
 }
 NAMES = ("fitness", "genome", "stages", "lineage", "winners", "costs", "tokens", "budget", "log")
 
-
+# %% ../../nbs/ui/02c_gallery.ipynb #0fb174b8
 class Gallery:
     "The parts of the panel, and what each shows."
 

@@ -122,7 +122,7 @@ _ARROW = (
     "stroke='%23808080' stroke-width='2'/%3E%3C/svg%3E\"); }")
 STYLE = f"<style>\n{_CARDS}{_TABLES}{_CELLS}{_FIELDS}{_ARROW}\n</style>"
 
-# %% ../../nbs/ui/01_panel.ipynb #4bff9fcd
+# %% ../../nbs/ui/01_panel.ipynb #02b5baeb
 _PAGE = {  # stand-in colour → colour of the page
     "#010206": "var(--jp-layout-color1, #ffffff)",
     "#010203": "var(--jp-ui-font-color1, #1f2328)",
@@ -130,7 +130,7 @@ _PAGE = {  # stand-in colour → colour of the page
     "#010205": "var(--jp-border-color2, #d9dee3)",
 }
 
-
+# %% ../../nbs/ui/01_panel.ipynb #acd7ec65
 def picture(
     figure: Figure,  # drawn with theme="page"
     label: str,  # what it shows, for screen readers
@@ -148,7 +148,7 @@ def picture(
     style = f"max-width:{most:.0f}px; --least:{least:.0f}px"
     return f'<div class="evo-figure" role="img" aria-label="{escape(label)}" style="{style}">{svg}</div>'
 
-# %% ../../nbs/ui/01_panel.ipynb #1ca25c11
+# %% ../../nbs/ui/01_panel.ipynb #83615357
 def short(number: float) -> str:
     "A count in three digits: 950, 12.3k, 4.56M."
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -156,7 +156,7 @@ def short(number: float) -> str:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
 
-
+# %% ../../nbs/ui/01_panel.ipynb #fb0410e3
 def duration(seconds: float) -> str:
     "Seconds for people: 42 s, 3 min 20 s, 5 h 07 min."
     if not math.isfinite(seconds):
@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
-# %% ../../nbs/ui/01_panel.ipynb #4886bbb4
+# %% ../../nbs/ui/01_panel.ipynb #9f6d6c70
 def stats_html(
     pairs: dict[str, str],  # what → value
 ) -> str:
@@ -182,7 +182,7 @@ def badge(status: str) -> str:
     "The state of a run, as a coloured word."
     return f'<span class="evo-badge evo-{escape(status)}">{escape(status)}</span>'
 
-
+# %% ../../nbs/ui/01_panel.ipynb #249bc51e
 def error_html(
     error: str | None,  # traceback, or None
     what: str = "The search failed:",  # words before it
@@ -194,7 +194,7 @@ def error_html(
     folded = f"<details><summary>traceback</summary><pre>{escape(error.strip())}</pre></details>"
     return f'<div class="evo-error" role="alert"><b>{escape(what)}</b> {escape(last)}{folded}</div>'
 
-
+# %% ../../nbs/ui/01_panel.ipynb #6a8112cc
 def table(
     head: Sequence[str],  # column names
     rows: Sequence[Sequence],  # cells, by row
@@ -204,7 +204,7 @@ def table(
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/ui/01_panel.ipynb #897ada29
+# %% ../../nbs/ui/01_panel.ipynb #1e570f9c
 def generation_progress(
     history: History,  # of a run
 ) -> tuple[int, int]:
@@ -218,14 +218,14 @@ def generation_progress(
     done = int(mine.sum()) if last.status != "abandoned" else 0
     return done, sum(last.rules.candidates) + joined
 
-
+# %% ../../nbs/ui/01_panel.ipynb #169f525f
 def _shown_stage(history: History) -> int | None:
     "The stage under way; between two evaluations, that of the last one."
     here = history.evaluations.query("branch == @history.branch and generation == @history.generation")
     stage = history.state["stage"]
     return stage if stage is not None or here.empty else int(here.stage.iloc[-1])
 
-
+# %% ../../nbs/ui/01_panel.ipynb #c1a3a146
 def run_stats(
     history: History,  # of a run
     memory: int | None = None,  # bytes used by the process that drives it, where known
@@ -269,7 +269,7 @@ def candidate_options(
     label = lambda row: f"{name(row)} · {place(row)} {row.stage + 1} · {row.fitness:.4g}"
     return [(label(row), row.genome) for row in last.itertuples()]
 
-# %% ../../nbs/ui/01_panel.ipynb #bc6feff2
+# %% ../../nbs/ui/01_panel.ipynb #6b153783
 _MEASURES = {  # measure → name, scale and unit for people
     "params": ("parameters", 1, ""),
     "flops": ("FLOPs per token", 1, ""),
@@ -277,7 +277,7 @@ _MEASURES = {  # measure → name, scale and unit for people
     "kv_bytes": ("K/V cache per token", 1 / 1024, " KiB"),
 }
 
-
+# %% ../../nbs/ui/01_panel.ipynb #6486defc
 def cost_rows(
     genome: Genome,  # to compare
     space: Space,  # what its levels cost
@@ -291,7 +291,7 @@ def cost_rows(
             rows.append((name, number(mine), number(theirs), f"{mine / theirs:.0%}" if theirs else "–"))
     return rows
 
-
+# %% ../../nbs/ui/01_panel.ipynb #98c8dc01
 def candidate_html(
     genome: Genome,  # to compare
     space: Space,  # what its levels cost
@@ -311,7 +311,7 @@ def continuation_html(
     part = lambda name, text: f"<div><b>{escape(name)}</b><p><i>{escape(prompt)}</i>{escape(text)}</p></div>"
     return f'<div class="evo-pair">{"".join(part(*pair) for pair in texts.items())}</div>'
 
-# %% ../../nbs/ui/01_panel.ipynb #7f2823ec
+# %% ../../nbs/ui/01_panel.ipynb #24ee570f
 def lineage_html(
     history: History,  # of a run
 ) -> str:
@@ -326,7 +326,7 @@ def lineage_html(
     listed = "".join(reversed(items))
     return f'<ul class="evo-list" tabindex="0" aria-label="winners and their swaps">{listed}</ul>'
 
-
+# %% ../../nbs/ui/01_panel.ipynb #dc8f8786
 def log_html(
     history: History,  # of a run
 ) -> str:

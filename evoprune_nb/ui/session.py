@@ -79,7 +79,7 @@ def _quiet() -> Iterator[None]:
         if shown:
             logging.enable_progress_bar()
 
-# %% ../../nbs/ui/02a_session.ipynb #0b346b8f
+# %% ../../nbs/ui/02a_session.ipynb #8ef6cc8c
 def prepare_search(
     source: Source,  # of model, text and level database
     run_dir: str | Path,  # of the search
@@ -104,7 +104,7 @@ def prepare_search(
     say("opening the run")
     return Search(run_dir, model, database, pools, config, source=source), tokenizer
 
-
+# %% ../../nbs/ui/02a_session.ipynb #c0369bb9
 def _needs_latency(run_dir: Path, config: SearchConfig) -> bool:
     "A run keeps the costs that it began with."
     return not (run_dir / "config.json").exists() or "latency" in config.target.limits
@@ -120,7 +120,7 @@ def database_progress(
     manifest = read_json(path)
     return len(manifest["built"]), len(manifest["units"])
 
-# %% ../../nbs/ui/02a_session.ipynb #9056ee2d
+# %% ../../nbs/ui/02a_session.ipynb #7ea7ccb0
 ACTIVE = ("running", "paused")  # states of a run that somebody drives
 
 
@@ -130,7 +130,7 @@ def run_state(
     "What `state.json` says; empty before the first step."
     return (read_state(run_dir) or {}) if run_dir.exists() else {}
 
-
+# %% ../../nbs/ui/02a_session.ipynb #af915247
 def driver_name(state: dict) -> str:
     "Who drives a run, in words; empty when nobody does."
     if state.get("status") not in ACTIVE:
@@ -149,11 +149,11 @@ def driver_memory(state: dict) -> int | None:
     mine = state["pid"] == os.getpid() and torch.cuda.is_available()
     return used + (torch.cuda.memory_allocated() if mine else 0)
 
-# %% ../../nbs/ui/02a_session.ipynb #eedab85f
+# %% ../../nbs/ui/02a_session.ipynb #4bcb04b8
 Make = Callable[[Callable[[str], None]], tuple[Search, object]]  # say → search and tokenizer
 _TOKENIZERS: WeakKeyDictionary[Search, object] = WeakKeyDictionary()
 
-
+# %% ../../nbs/ui/02a_session.ipynb #7f19fa0a
 class Driver:
     "Prepares a run and drives it, in the background."
 
@@ -212,7 +212,7 @@ class Driver:
         self.tell("that did not work; Start tries again")
         self.changed()
 
-# %% ../../nbs/ui/02a_session.ipynb #9b79a0b7
+# %% ../../nbs/ui/02a_session.ipynb #5116f540
 def elsewhere(driver: Driver) -> str:
     "Who drives the run, if it is not a worker of this kernel."
     return "" if driver.driving else driver_name(run_state(driver.run_dir))
@@ -222,7 +222,7 @@ def can_drive(driver: Driver) -> bool:
     "Whether this kernel drives the run, or could."
     return (driver.make is not None or driver.worker is not None) and not elsewhere(driver)
 
-
+# %% ../../nbs/ui/02a_session.ipynb #a195f2b9
 def run_status(driver: Driver) -> str:
     "One word for the run."
     if driver.preparing:

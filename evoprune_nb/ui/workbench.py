@@ -6,7 +6,7 @@
 __all__ = ['Mailbox', 'Steering', 'drive', 'send_or_drive', 'start', 'branch', 'copy_to_draft', 'fit_draft', 'ask', 'show_head',
            'show_nothing', 'show_run', 'fitness_switch', 'make_page', 'Watch', 'Workbench', 'open_run', 'attach']
 
-# %% ../../nbs/ui/03_workbench.ipynb #ba9123fc
+# %% ../../nbs/ui/03_workbench.ipynb #29926d2e
 import threading
 import time
 import traceback
@@ -24,18 +24,18 @@ from ..search import Search
 from ..source import Source
 from ..steering import describe
 from ..target import fit_budget, plan_budget
-from evoprune_nb.ui.cards import (
-    HALF, CandidateCard, MomentCard, RunCard, card, enable_buttons, html, page, show_preparation, show_progress,
-    to_come, update)
+from .cards import (
+    HALF, CandidateCard, MomentCard, RunCard, card, enable_buttons, html, page, show_preparation,
+    show_progress, to_come, update)
 from .controls import GenomeEditor, SettingsForm, hinted, row
 from .gallery import Gallery, Moments, latest_moment, picture_parts, text_parts
 from .panel import badge, continuation_html, error_html
-from evoprune_nb.ui.session import (
-    Driver, Make, can_drive, compare_continuations, database_progress, driver_memory, driving_mode, prepare_search,
-    run_state, run_status)
+from .session import (
+    Driver, Make, can_drive, compare_continuations, database_progress, driver_memory, driving_mode,
+    prepare_search, run_state, run_status)
 from .worker import Worker
 
-# %% ../../nbs/ui/03_workbench.ipynb #819718ef
+# %% ../../nbs/ui/03_workbench.ipynb #720c4c4e
 class Mailbox:
     "Sends commands to the worker, and tells what became of them."
 
@@ -54,7 +54,8 @@ class Mailbox:
         "Queue a command, and say so. Whether it was queued."
         tell, worker = self.driver.tell, self.driver.worker
         if worker is None:
-            tell(f"nobody drives this run here; press Start first ({escape(command['command'])} was not sent)")
+            name = escape(command["command"])
+            tell(f"nobody drives this run here; press Start first ({name} was not sent)")
             return False
         try:
             before = len(history.commands) if history else 0
@@ -76,7 +77,7 @@ class Mailbox:
                 done, why = ("refused", f": {escape(entry.refused)}") if entry.refused else ("applied", "")
                 self.driver.tell(f"{done}: {escape(entry.text)} (generation {entry.generation + 1}){why}")
 
-# %% ../../nbs/ui/03_workbench.ipynb #377646a2
+# %% ../../nbs/ui/03_workbench.ipynb #cefd0198
 class Steering:
     "The cards that hold the genome editor and the settings form."
 
@@ -97,12 +98,13 @@ class Steering:
         budget = plan_budget(space, rules.target)[0]
         if self.editor is None:
             self.editor = GenomeEditor(space, parent, budget, self._send, self._fit)
-            self.form = SettingsForm(rules, self._send, [measure for measure in space.costs if measure != "params"])
+            measures = [measure for measure in space.costs if measure != "params"]
+            self.form = SettingsForm(rules, self._send, measures)
             self.editor_box.children, self.form_box.children = [self.editor.widget], [self.form.widget]
         self.editor.follow(parent, budget, rules.frozen, active)
         self.form.follow(rules, active)
 
-# %% ../../nbs/ui/03_workbench.ipynb #d3d10e78
+# %% ../../nbs/ui/03_workbench.ipynb #0b0995da
 def drive(
     bench: "Workbench",  # the panel
     *commands: dict,  # that the worker takes first
@@ -123,7 +125,7 @@ def drive(
 
     driver.submit(begin)
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #fa02fd9c
 def send_or_drive(bench: "Workbench", command: dict) -> None:
     "Send a command; with nobody to take it, begin with it."
     if bench.driver.driving:
@@ -131,7 +133,7 @@ def send_or_drive(bench: "Workbench", command: dict) -> None:
     else:
         drive(bench, command)
 
-# %% ../../nbs/ui/03_workbench.ipynb #c1bbe772
+# %% ../../nbs/ui/03_workbench.ipynb #aa91af4d
 def start(bench: "Workbench") -> None:
     "Begin, or go on."
     if bench.driver.driving:
@@ -145,7 +147,7 @@ def branch(bench: "Workbench", generation: int) -> None:
     send_or_drive(bench, {"command": "branch", "generation": generation})
     bench.moment.live.value = True
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #1bcf5c99
 def copy_to_draft(bench: "Workbench") -> None:
     "Begin a draft from the candidate that is shown."
     if bench.steering.editor is not None and bench.shown:
@@ -179,10 +181,10 @@ def ask(bench: "Workbench") -> None:
 
     bench.driver.background.submit(write, failed)
 
-# %% ../../nbs/ui/03_workbench.ipynb #1ea83ae4
+# %% ../../nbs/ui/03_workbench.ipynb #c9b6ef38
 _NEWS = {"finished": "the search has finished", "stopped": "stopped", "failed": "failed"}  # status → words
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #154fbd23
 def show_head(bench: "Workbench") -> None:
     "The title line, errors, and which buttons can be pressed."
     driver, history, run = bench.driver, bench.history, bench.run
@@ -199,10 +201,11 @@ def show_head(bench: "Workbench") -> None:
     able = can_drive(driver) and not driver.preparing
     enable_buttons(run, status, driver.driving, able, bench.worker is not None)
     candidate = bench.candidate
-    for part in (bench.moment.live, bench.fitness_view, candidate.choice, candidate.edit, candidate.prompt, candidate.ask):
+    views = bench.moment.live, bench.fitness_view
+    for part in (*views, candidate.choice, candidate.edit, candidate.prompt, candidate.ask):
         update(part, disabled=history is None)
 
-# %% ../../nbs/ui/03_workbench.ipynb #11ed99f6
+# %% ../../nbs/ui/03_workbench.ipynb #de7f2510
 def show_nothing(bench: "Workbench") -> None:
     "There is no run yet: what is being prepared, and how far it is."
     show_preparation(bench.run, *database_progress(bench.run_dir / "database"))
@@ -210,7 +213,7 @@ def show_nothing(bench: "Workbench") -> None:
         update(part, disabled=True)
     bench.gallery.show_nothing()
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #5d1ddfa2
 def show_run(bench: "Workbench") -> None:
     "Everything that the history says."
     history, active = bench.history, can_drive(bench.driver) and bench.worker is not None
@@ -227,7 +230,7 @@ def show_run(bench: "Workbench") -> None:
     bench.shown = code = bench.candidate.choice.value or best
     bench.gallery.show(text_parts(moment, code), picture_parts(moment, code, bench.fitness_view.value))
 
-# %% ../../nbs/ui/03_workbench.ipynb #0e259913
+# %% ../../nbs/ui/03_workbench.ipynb #a8da4ca8
 def fitness_switch(changed) -> widgets.ToggleButtons:
     "How fitness is shown."
     made = widgets.ToggleButtons(
@@ -238,7 +241,7 @@ def fitness_switch(changed) -> widgets.ToggleButtons:
     made.observe(lambda _: changed(), "value")
     return made
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #8c38ea99
 def make_page(bench: "Workbench") -> widgets.VBox:
     "All cards of the panel, in order."
     views, candidate = bench.gallery.views, bench.candidate
@@ -296,7 +299,7 @@ class Watch:
             self._news.clear()
             time.sleep(0.05)  # at most so many refreshes, however often it is woken
 
-# %% ../../nbs/ui/03_workbench.ipynb #2c0ec9e1
+# %% ../../nbs/ui/03_workbench.ipynb #a86807ec
 class Workbench:
     "A panel over one run directory."
 
@@ -311,7 +314,8 @@ class Workbench:
         self.shown, self.last_status = "", ""  # code of the candidate that is shown; of the last refresh
         self.moments, self.gallery, self.head, self._lock = Moments(), Gallery(), html(), threading.RLock()
         self.run = RunCard(
-            self.send, lambda: start(self), lambda what: send_or_drive(self, {"command": "step", "what": what}))
+            self.send, lambda: start(self),
+            lambda what: send_or_drive(self, {"command": "step", "what": what}))
         self.driver = Driver(self.run_dir, make, why_not, self.run.tell, self.urge)
         self.mailbox = Mailbox(self.driver)
         self.moment = MomentCard(lambda generation: branch(self, generation), self.urge)
@@ -372,7 +376,7 @@ class Workbench:
         self.watch.close()
         self.widget.close()
 
-# %% ../../nbs/ui/03_workbench.ipynb #2c8d736c
+# %% ../../nbs/ui/03_workbench.ipynb #a6c0aa2c
 def open_run(
     run_dir: str | Path,  # new, or of an earlier start of the same search
     source: Source = Source(),  # how model, level database and text are made
@@ -384,9 +388,9 @@ def open_run(
     bench.prepare()
     return bench
 
-
+# %% ../../nbs/ui/03_workbench.ipynb #71e9bfb4
 def attach(
-    run_dir: str | Path,  # of any run: finished, under way here or elsewhere, or left by a kernel that has ended
+    run_dir: str | Path,  # of any run: finished, under way, or left by a kernel that has ended
     search: Search | None = None,  # to drive it with, for a run that does not say how its model was made
     tokenizer=None,  # that of the search's model
 ) -> Workbench:
@@ -397,7 +401,8 @@ def attach(
     history = History(run_dir)
     source, pools = history.source, history.settings.get("pools", {})
     if source is None or source.unknown:
-        why_not = "the run does not say how its model and text were made: attach(run_dir, search, tokenizer) drives it"
+        why_not = ("the run does not say how its model and text were made: "
+                   "attach(run_dir, search, tokenizer) drives it")
         return Workbench(run_dir, None, why_not)
     tokens = {"calibration": None} | {name: row["n_tokens"] for name, row in pools.items()} if pools else None
     return Workbench(run_dir, lambda say: prepare_search(source, run_dir, history.config, say, tokens))
