@@ -243,6 +243,20 @@ def test_this_package_reads_it_without_running_its_code(made, tokenizer, tmp_pat
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
 
 
+def test_exports_of_version_0_1_are_read(made, tokenizer, tmp_path):
+    "Their configuration names no AutoModel; the same weights, and a card that takes scores."
+    candidate, _ = made("llama-gqa", "first attention gone")
+    directory = export_hf(candidate, tokenizer, tmp_path / "old", Card("small"))
+    config = json.loads((directory / "config.json").read_text())
+    del config["auto_map"]["AutoModel"]
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n\n# A pruned model\n\n## Licence\n\nMIT\n")
+    (directory / "evaluation.json").write_text(json.dumps({"heldout": {"perplexity": 9.5}, "tasks": {}}))
+    assert model_fingerprint(load_exported(directory)[0]) == model_fingerprint(candidate)
+    add_scores(directory)
+    assert "| held-out perplexity | 9.5 |\n\n## Licence" in (directory / "README.md").read_text()
+
+
 def test_load_exported_reads_stock_models_and_refuses_others(tiny, tokenizer, tmp_path):
     "A stock checkpoint loads in its own dtype; a directory without one, or of an unknown type, is refused by name."
     tiny.save_pretrained(tmp_path / "stock")

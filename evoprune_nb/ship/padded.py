@@ -47,8 +47,8 @@ def check_groups(
             raise ValueError(
                 f"layer {index} has key/value groups of {', '.join(map(str, sizes))} query heads, but {form} "
                 "holds groups of one size only. Build the level database with heads='query' or 'group', "
-                "export with --format hf, which holds any heads, or fill the smaller groups up with zero heads: "
-                "pad_heads=True (--pad-heads)")
+                "export with --format hf, which holds any heads, or fill the smaller groups up with zero "
+                "heads: pad_heads=True (--pad-heads)")
 
 # %% ../../nbs/ship/03_padded.ipynb #66696c4f
 @dataclass(frozen=True)
