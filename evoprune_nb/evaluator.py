@@ -157,7 +157,9 @@ class Tuner:
         tuned.stage = stage
         return tuned
 
-    def _train(self, tuned: TunedCandidate, blocks: torch.Tensor, n_steps: int, check_cancelled: Callable) -> None:
+    def _train(
+        self, tuned: TunedCandidate, blocks: torch.Tensor, n_steps: int, check_cancelled: Callable[[], None]
+    ) -> None:
         "Train a candidate on further blocks."
         if not len(blocks):
             return
@@ -216,7 +218,8 @@ class Evaluator:
         return self._latest[1]
 
     def evaluate(
-        self, generation: int, stage: int, text: ScoringText, genome: Genome, check_cancelled: Callable[[], None]
+        self, generation: int, stage: int, text: ScoringText, genome: Genome,
+        check_cancelled: Callable[[], None],
     ) -> Evaluation:
         "Materialise, tune and score one candidate."
         start = time.perf_counter()
@@ -314,7 +317,7 @@ class SharedHead:
         self._latest: dict[tuple[int, int, int], Future] = {}
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        key = hidden.data_ptr(), len(hidden), torch.get_num_threads()  # a product's last bits may depend on these
+        key = hidden.data_ptr(), len(hidden), torch.get_num_threads()  # last bits may depend on these
         with self._lock:
             mine = key not in self._latest
             if mine:
