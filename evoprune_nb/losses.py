@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'final_hidden', 'head_is_linear', 'cached_rows', 'softmax_sums', 'kl_divergence', 'perplexity',
-           'cross_entropy', 'next_token_loss']
+           'cross_entropy', 'next_token_loss', 'head_bytes', 'scoring_bytes']
 
 # %% ../nbs/10_losses.ipynb #3e5ea5d6
 import math
@@ -141,3 +141,30 @@ def next_token_loss(
         chunks = zip(hidden.split(chunk), targets.split(chunk))
         total = sum(F.cross_entropy(head(states).float(), wanted, reduction="sum") for states, wanted in chunks)
     return total / blocks[:, 1:].numel() if reduction == "mean" else total
+
+# %% ../nbs/10_losses.ipynb #f24c207e
+def head_bytes(
+    vocabulary: int,  # rows of the head
+    hidden: int,  # columns of the head
+    itemsize: int,  # bytes of a number in the model's dtype
+    positions: int,  # predicted tokens of a step
+    chunk: int = 1024,  # positions whose logits exist at a time
+    device: str = "cpu",  # type of the device
+) -> int:
+    "Bytes that `next_token_loss` holds at a time over a batch, the head's gradient included."
+    rows = min(positions, chunk)
+    if device == "cpu":
+        rows = min(rows, cached_rows(torch.empty(0, vocabulary)))
+    gradient = vocabulary * hidden * (itemsize if positions <= chunk else 4 + itemsize)
+    logits = min(positions, chunk) * vocabulary * itemsize + 2 * 4 * rows * vocabulary
+    return logits + gradient + 2 * positions * hidden * itemsize
+
+# %% ../nbs/10_losses.ipynb #09754dbc
+def scoring_bytes(
+    vocabulary: int,  # rows of the head
+    itemsize: int,  # bytes of a number in the model's dtype
+    device: str = "cpu",  # type of the device
+) -> int:
+    "Bytes of logits that `kl_divergence` holds at a time: the dense model's and the candidate's."
+    rows = min(CHUNK, cached_rows(torch.empty(0, vocabulary))) if device == "cpu" else CHUNK
+    return 2 * CHUNK * vocabulary * itemsize + 4 * 4 * rows * vocabulary

@@ -19,7 +19,8 @@ from evoprune_nb.data import load_pools
 from evoprune_nb.ship.export import export_hf
 from evoprune_nb.models import load_model
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.paper.planning import Device, head_bytes, meta_model, plan, softmax_bytes
+from evoprune_nb.losses import head_bytes
+from evoprune_nb.paper.planning import Device, meta_model, plan, softmax_bytes
 from evoprune_nb.ship.posttraining import post_train_checkpoint
 from evoprune_nb.ship.stream import PostTraining
 from evoprune_nb.database import LevelDatabase, build_database
