@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORING_BATCH', 'SHARED_CHUNKS', 'ScoringText', 'draw_scoring_text', 'score', 'TunedCandidate', 'KeptCandidates',
-           'Tuner', 'Evaluator', 'most_common', 'first_own_layer', 'start_from_reference', 'SharedHead']
+           'Tuner', 'check_fitness', 'Evaluator', 'most_common', 'first_own_layer', 'start_from_reference',
+           'SharedHead']
 
 # %% ../nbs/13_evaluator.ipynb #52f9aa02
 import math
@@ -175,6 +176,19 @@ class Tuner:
         if self.warm_start and tuned.tokens and tuned.stage + 1 < len(self.stages):
             self.kept.keep(genome, generation, tuned)
 
+# %% ../nbs/13_evaluator.ipynb #c4ec6f17
+def check_fitness(
+    model: nn.Module,  # the dense model
+    fitness: str,  # of `FITNESS`
+) -> None:
+    "Raise `ValueError` for an unknown fitness, or a model that cannot be scored."
+    if fitness not in FITNESS:
+        raise ValueError(f"fitness {fitness!r} is unknown; use one of {', '.join(FITNESS)}")
+    if not head_is_linear(model):
+        raise ValueError(
+            f"{type(model).__name__} scales or caps its logits after the head; "
+            "such models cannot be scored here yet")
+
 # %% ../nbs/13_evaluator.ipynb #b8778986
 class Evaluator:
     "Tunes and scores candidates of one dense model."
@@ -192,13 +206,8 @@ class Evaluator:
         batch_size: int = SCORING_BATCH,  # blocks per forward pass of scoring
         n_jobs: int = 1,  # candidates evaluated at a time, each with its share of the cores
     ):
-        if fitness not in FITNESS:
-            raise ValueError(f"fitness {fitness!r} is unknown; use one of {', '.join(FITNESS)}")
+        check_fitness(model, fitness)
         check_warm_start(warm_start, stages)
-        if not head_is_linear(model):
-            raise ValueError(
-                f"{type(model).__name__} scales or caps its logits after the head; "
-                "such models cannot be scored here yet")
         check_text(pools, stages)
         self.model, self.database, self.pools, self.stages = model, database, pools, tuple(stages)
         self.fitness, self.seed, self.batch_size, self.n_jobs = fitness, seed, batch_size, n_jobs

@@ -95,7 +95,7 @@ def cross_entropy(
 
 # %% ../nbs/10_losses.ipynb #ba90e875
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    "The summed cross-entropy of (rows, vocabulary) logits where (rows, 1) targets are not negative. The logits become its gradient."
+    "Summed cross-entropy of (rows, vocabulary) logits where targets are not negative; the logits become its gradient."
     z, counts, index = logits.float(), (targets >= 0).float(), targets.clamp(min=0)
     exps, sums, lse = softmax_sums(z)
     loss = ((lse - z.gather(1, index)) * counts).sum()
@@ -135,7 +135,8 @@ def next_token_loss(
     hidden = final_hidden(model, blocks).flatten(0, 1)
     targets = F.pad(blocks[:, 1:], (0, 1), value=-100).flatten().to(model.device)
     head = model.get_output_embeddings()
-    if torch.is_grad_enabled() and type(head) is nn.Linear and head.bias is None and head.weight.requires_grad:
+    plain = type(head) is nn.Linear and head.bias is None
+    if plain and torch.is_grad_enabled() and head.weight.requires_grad:
         total = _HeadLoss.apply(hidden, head.weight, targets, chunk)
     else:
         chunks = zip(hidden.split(chunk), targets.split(chunk))

@@ -23,7 +23,7 @@ class Stage:
     scoring_tokens: int  # tokens of the fitness
 
     def drawn(self, seq_len: int) -> "Stage":
-        "The stage with the tokens it gets from blocks of `seq_len`: whole ones, or one shorter block to score on."
+        "The stage with the tokens that whole blocks of `seq_len` give it, or one shorter block to score."
         whole = lambda n_tokens: n_tokens // seq_len * seq_len
         return replace(
             self, tuning_tokens=whole(self.tuning_tokens),

@@ -114,7 +114,7 @@ class MasterOptimizer:
         scale, gradients = _clipping(self.parameters, self.settings.max_grad_norm), self._gradients()
         for s, optimizer in zip(self.parts, self.optimizers):
             masters, weights = self.portions[s], []
-            for master, (gradient, rounded) in zip(masters, gradients):  # masters first: none is taken too many
+            for master, (gradient, rounded) in zip(masters, gradients):
                 master.grad = gradient.float().mul_(scale)
                 weights.append(rounded)
             for group in optimizer.param_groups:
@@ -128,8 +128,8 @@ class MasterOptimizer:
     @property
     def state(self) -> dict[int, dict]:
         "What torch's optimizer remembers, by number of the portion."
-        states = ((s.start, optimizer.state_dict()["state"]) for s, optimizer in zip(self.parts, self.optimizers))
-        return {start + i: row for start, state in states for i, row in state.items()}
+        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        return {s.start + i: row for s, state in zip(self.parts, states) for i, row in state.items()}
 
     def load_state(self, state: dict[int, dict]) -> None:
         "The reverse of `state`."
@@ -166,10 +166,10 @@ def train(
     optimizer: MasterOptimizer | None = None,  # of an earlier call on the same model, to continue it
     done: int = 0,  # steps of the earlier calls
     n_steps: int | None = None,  # of the whole schedule; None: those of this call
-    check_cancelled: Callable[[], None] = lambda: None,  # called before each step; what it raises ends the training
+    check_cancelled: Callable[[], None] = lambda: None,  # called before each step; may raise
 ) -> TrainingResult:
     """Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights.
-    Raises `ValueError` for a model that cannot be trained, and for a checkpoint that is damaged or of other work."""
+    Raises `ValueError` for a model that cannot be trained, and a checkpoint damaged or of other work."""
     if getattr(model, "shares_weights", False):
         raise ValueError(
             "this candidate shares weights with the dense model, for scoring only; "
@@ -240,7 +240,8 @@ class Checkpoint:
         digest = about.pop("sha256", None)
         if digest != _digest(((key, file.get_tensor(key)) for key in file.keys()), about):
             if digest is not None or set(about) != {"losses", "tokens", "work"}:  # version 0.1 wrote no hash
-                raise ValueError(f"{self.path} is damaged: its content is not what was saved; delete it to train anew")
+                raise ValueError(
+                    f"{self.path} is damaged: its content is not what was saved; delete it to train anew")
         n_masters = sum(key.startswith("master.") for key in file.keys())
         stored = [file.get_slice(f"master.{i}").get_shape() for i in range(n_masters)]
         if about["work"] != self.work or stored != [list(master.shape) for master in self.optimizer.masters]:
