@@ -7,12 +7,13 @@ __all__ = ['SearchInputs', 'check_inputs', 'fingerprints', 'fitted_parent', 'mut
            'check_same_search', 'open_run', 'evaluation_row', 'row_evaluation', 'position_after', 'RunLog',
            'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations', 'candidate_evaluator', 'StatusBoard',
            'Engine', 'stage_steps', 'AllDisqualified', 'give_up', 'end_generation', 'generation_steps', 'search_steps',
-           'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'Search', 'check_search']
+           'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'held', 'Search', 'check_search']
 
 # %% ../nbs/17_search.ipynb #3f6c4a56
 import math
 import random
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from .latency_table import with_stored_latency
 from .losses import next_token_loss
 from .machine.allocator import keep_freed_memory
 from .machine.device import provenance
-from .machine.lock import DirectoryLock, contents
+from .machine.lock import DirectoryBusy, DirectoryLock, contents
 from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
 from evoprune_nb.runlog import (
@@ -691,6 +692,27 @@ class SearchView:
         "Wait, in another thread than the one that drives, until the status is one of these; whether it is."
         return self.board.wait(*statuses, timeout=timeout)
 
+# %% ../nbs/17_search.ipynb #c3d4e5f6
+@contextmanager
+def held(
+    lock: DirectoryLock,  # of a run
+    path: Path,  # its `events.jsonl`
+    tries: int = 20,  # a second in all
+) -> Iterator[None]:
+    "Hold a lock; of a run without events somebody may just be finding that it is not theirs, so try again."
+    for left in reversed(range(tries)):
+        try:
+            lock.__enter__()
+            break
+        except DirectoryBusy:
+            if path.exists() or not left:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
 # %% ../nbs/17_search.ipynb #bf45de05
 class Search(SearchView):
     "A training-aware evolutionary search, bound to a run directory."
@@ -724,7 +746,7 @@ class Search(SearchView):
     @contextmanager
     def driving(self) -> Iterator[None]:
         "Hold the right to drive the run. Raises `DirectoryBusy` when somebody else has it."
-        with self.lock:
+        with held(self.lock, self.log.path):
             with self.stepper.guarded():
                 pass  # reads what somebody else wrote meanwhile
             yield
