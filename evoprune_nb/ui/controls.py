@@ -138,6 +138,7 @@ class UnitTools:
     def __init__(
         self,
         set_level: Callable[[int], None],  # takes the level that is wanted
+        step: Callable[[int], None],  # raises or lowers the level
         toggle: Callable[[], None],  # freezes or thaws the unit
     ):
         self.what = widgets.HTML(layout=widgets.Layout(margin="0"))
@@ -146,7 +147,6 @@ class UnitTools:
             layout=widgets.Layout(width="280px"),
             tooltip="Level of the selected unit in the draft: 0 is dense, the last level removes the unit")
         self.level.observe(lambda change: set_level(change["new"]), "value")
-        step = lambda by: set_level(self.level.value + by)
         tooltip = "{} the selected unit's level in the draft by one"
         self.more = button("Keep more", tooltip.format("Lower"), lambda: step(-1), "plus")
         self.less = button("Keep less", tooltip.format("Raise"), lambda: step(1), "minus")
@@ -207,7 +207,7 @@ class GenomeEditor:
         self.frozen: frozenset[str] = frozenset()
         self.selected, self.enabled = 0, True
         grid, self.cells = make_grid(space, self.select)
-        self.tools, self.size = UnitTools(self.set_level, self._toggle_frozen), widgets.HTML()
+        self.tools, self.size = UnitTools(self.set_level, self._step, self._toggle_frozen), widgets.HTML()
         self.inject = button(
             "Inject", "Send the draft into the next generation, as one more offspring",
             lambda: send({"command": "inject", "genome": self.draft.code}), "arrow-right", "primary")
@@ -234,6 +234,9 @@ class GenomeEditor:
         levels = list(self.draft.levels)
         levels[self.selected] = min(max(level, 0), self.space.n_levels(self.selected) - 1)
         self.load(self.draft.with_levels(levels))
+
+    def _step(self, by: int) -> None:
+        self.set_level(self.draft.levels[self.selected] + by)
 
     def _adjust(self) -> None:
         "Fit the draft to the budget, or say why it cannot be."
