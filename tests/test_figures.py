@@ -134,7 +134,7 @@ def test_text_of_users_is_drawn_as_it_is(small, tmp_path, text):
     "A note, a title and a name with dollar signs or half a character break no figure, and are no formula."
     run_dir = tmp_path / "run"
     search = Search(run_dir, *small, small_pools(), short_config(generations=1))
-    search.send({"command": "note", "text": text})
+    search.send({"command": "note", "text": text.encode("utf-8", "replace").decode()})  # others are refused
     search.run(progress=False)
     history = History(run_dir)
     rows = [{"name": text, "before": [2.0], "after": [1.0]}]

@@ -24,7 +24,7 @@ INJECTION = "0)\nimport os; os.abort()  #"
 def run_dir(small, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     search = Search(directory, *small, small_pools(), short_config(generations=1), source=SOURCE)
-    search.send({"command": "note", "text": '"""\n\'\'\' \ud800 $\\frac{$ <b>'})
+    search.send({"command": "note", "text": '"""\n\'\'\' $\\frac{$ <b>'})
     search.run(progress=False)
     return directory
 
