@@ -39,9 +39,8 @@ from .machine.device import provenance
 from .machine.lock import DirectoryBusy, DirectoryLock, contents
 from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
-from evoprune_nb.runlog import (
-    EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings, write_settings,
-    write_state)
+from .runlog import EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings
+from .runlog import write_settings, write_state
 from .selection import Elimination, Evaluation, StageEvaluator, check_text, select
 from .source import Source
 from .steering import SearchState, check_command

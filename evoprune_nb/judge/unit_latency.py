@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..candidates import materialize
 from .latency import _cache_name, _check_counts, _prompt, _seconds, time_each
-from ..latency_table import (
-    PHASES, UnitLatency, check_conditions, latency_conditions, open_unit_latency, unit_shapes)
+from ..latency_table import PHASES, UnitLatency, check_conditions, latency_conditions
+from ..latency_table import open_unit_latency, unit_shapes
 from ..machine.files import read_json, write_json
 from ..models import decoder_layers, norm_names
 from ..modeling import drop_sublayer

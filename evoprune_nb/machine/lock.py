@@ -39,10 +39,11 @@ class DirectoryLock:
         self,
         directory: str | Path,  # must exist
         advice: str = "wait for it, or stop it there first",  # what whoever is refused can do
+        wait: float = 0.5,  # seconds to wait for a holder who is about to leave
     ):
         self.directory, self.advice = Path(directory), advice
         self._note = self.directory / "writer.json"
-        self._lock = FileLock(self.directory / "writer.lock", blocking=False)
+        self._lock = FileLock(self.directory / "writer.lock", timeout=wait)
 
     def __enter__(self) -> "DirectoryLock":
         try:

@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..genome import Genome, Space
 from ..history import History
-from .drawing import (
-    BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, Figure, Theme, empty_figure, find_theme, paint, plain)
+from .drawing import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, Figure, Theme
+from .drawing import empty_figure, find_theme, paint, plain
 
 # %% ../../nbs/paper/00a_figures.ipynb #ba85abeb
 def _against_parent(

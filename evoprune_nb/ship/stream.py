@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import IterableDataset
 
-from evoprune_nb.data import (
-    EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents, pack_blocks, split_of,
-)
+from ..data import EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents
+from ..data import pack_blocks, split_of
 
 # %% ../../nbs/ship/04a_stream.ipynb #c52422b2
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from ..judge.latency import kv_cache_bytes, measure_latency, peak_memory
 from ..machine.device import resolve_device
 from ..machine.files import check_target
 from ..models import EMBEDDED_MODELS, load_model
-from ..paper.experiments import (
-    ParameterError, file_hash, notebook_parameters, run_experiment, text_table)
+from ..paper.experiments import ParameterError, file_hash, notebook_parameters, run_experiment
+from ..paper.experiments import text_table
 from ..paper.figures import genome_figure
 from ..paper.planning import plan, this_device
 from ..search import SearchConfig

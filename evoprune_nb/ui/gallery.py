@@ -14,11 +14,11 @@ import ipywidgets as widgets
 
 from ..genome import Genome
 from ..history import History
-from ..paper.figures import (
-    candidate_names, fitness_figure, genome_figure, lineage_figure, stages_figure, tokens_figure)
+from ..paper.figures import candidate_names, fitness_figure, genome_figure, lineage_figure
+from ..paper.figures import stages_figure, tokens_figure
 from .cards import html
-from .panel import (
-    budget_html, candidate_html, candidate_options, lineage_html, log_html, picture)
+from .panel import budget_html, candidate_html, candidate_options, lineage_html, log_html
+from .panel import picture
 
 # %% ../../nbs/ui/02c_gallery.ipynb #6ddda8e0
 @dataclass(frozen=True)

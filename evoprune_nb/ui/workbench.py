@@ -24,15 +24,13 @@ from ..search import Search
 from ..source import Source
 from ..steering import describe
 from ..target import fit_budget, plan_budget
-from .cards import (
-    HALF, CandidateCard, MomentCard, RunCard, card, enable_buttons, html, page, show_preparation,
-    show_progress, to_come, update)
+from .cards import HALF, CandidateCard, MomentCard, RunCard, card, enable_buttons, html, page
+from .cards import show_preparation, show_progress, to_come, update
 from .controls import GenomeEditor, SettingsForm, hinted, row
 from .gallery import Gallery, Moments, latest_moment, picture_parts, text_parts
 from .panel import badge, continuation_html, error_html
-from .session import (
-    Driver, Make, can_drive, compare_continuations, database_progress, driver_memory, driving_mode,
-    prepare_search, run_state, run_status)
+from .session import Driver, Make, can_drive, compare_continuations, database_progress
+from .session import driver_memory, driving_mode, prepare_search, run_state, run_status
 from .worker import Worker
 
 # %% ../../nbs/ui/03_workbench.ipynb #720c4c4e
