@@ -35,7 +35,9 @@ def _local_files(source: str | Path, path: Path) -> list[Path]:
     "The files of a local source, in order. Raises `ValueError` when there is none that can be read."
     known = f"known formats are {', '.join(_READERS)}, each also compressed ({', '.join(_COMPRESSED)})"
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _ending(file) in _READERS and file.is_file())
+        hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
+        files = sorted(file for file in path.rglob("*")
+                       if _ending(file) in _READERS and file.is_file() and not hidden(file))
         if not files:
             raise ValueError(f"text source {str(source)!r}: the directory has no text; {known}")
         return files

@@ -126,8 +126,9 @@ def check_unit_file(
     "The path of a unit's file. Raises `ValueError` when it is missing, damaged, or another unit's."
     path = directory / row["file"]
     if not is_whole(path, row["sha256"], again):
-        what = "is damaged: its SHA-256 differs from the manifest's" if path.exists() else "is missing"
-        raise ValueError(f"{path} {what}; delete it and call build_database again, which makes it anew")
+        damage = "is damaged: its SHA-256 differs from the manifest's; delete it and"
+        what = damage if path.exists() else "is missing;"
+        raise ValueError(f"{path} {what} call build_database again, which makes it anew")
     return path
 
 # %% ../nbs/07_database.ipynb #897b7baa

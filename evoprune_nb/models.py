@@ -42,11 +42,14 @@ def load_weights(
     source: str | Path,  # a local directory or a hub id
     **options,  # further arguments of `from_pretrained`
 ) -> nn.Module:
-    "A model with all its weights. Raises `ValueError` for tensors that are missing, damaged or not finite."
+    "A model with all its weights. Raises `ValueError` for missing, damaged, misfitting or NaN tensors."
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options)  # refused below
     except SafetensorError as error:
         raise ValueError(f"the weights in {source} are damaged: {error}") from error
+    if other := sorted(name for name, *_ in info["mismatched_keys"]):
+        raise ValueError(f"{source} has tensors of other shapes than its config.json says: {_listed(other)}")
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source} lacks tensors, which would be random: {_listed(missing)}")
     if bad := non_finite(model):

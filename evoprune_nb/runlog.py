@@ -82,6 +82,8 @@ class EventLog:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a link; a search writes to its own files only: copy it there")
         rows, self.size = read_events(self.path)
         if self.path.exists() and self.path.stat().st_size > self.size:  # killed while writing
             os.truncate(self.path, self.size)

@@ -497,7 +497,8 @@ def give_up(engine: Engine, why: set[str]) -> None:
         raise AllDisqualified(
             f"generation {number + 1}: all candidates of the last stage were disqualified, the parent too "
             f"({', '.join(sorted(why))}). "
-            "Lower the learning rate, or change another setting, and start again: the generation begins anew")
+            "Lower the learning rate, or change another setting, with a `set` command and start again: "
+            "the generation begins anew. With another configuration, use another run directory")
 
 
 def end_generation(

@@ -100,3 +100,12 @@ def test_absent_weights_are_refused(checkpoint):
     (directory / "model.safetensors").unlink()
     with pytest.raises((ValueError, OSError), match=str(directory)):
         load(str(directory))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_tensors_of_another_shape_are_refused_by_name(checkpoint, name):
+    "A configuration and weights that do not belong together."
+    directory, load = checkpoint
+    change(directory, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    with pytest.raises(ValueError, match=f"has tensors of other shapes than its config.json says: {name}"):
+        load(str(directory))

@@ -269,3 +269,12 @@ def test_one_document_is_in_one_split(tmp_path, tokens):
     (tmp_path / "book.txt").write_text("\n".join("1 2 3" for _ in range(200)))
     with pytest.raises(ValueError, match="it has one document, and that is in one split only .in a .txt file, blank lines separate documents"):
         load_pools(tmp_path / "book.txt", Numbers(), SEQ, tokens)
+
+
+def test_hidden_files_of_a_directory_are_left_out(tmp_path):
+    "Editors and file managers leave hidden copies; a directory that is hidden itself is read all the same."
+    folder = tmp_path / ".cache" / "text"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (folder / name).write_text(f"text of {name}")
+    assert list(documents(folder)) == ["text of a.txt"]

@@ -614,3 +614,20 @@ def test_winner_of_a_run(small, tmp_path, monkeypatch):
     other = build_database(model, random_blocks(seed=7), tmp_path / "other", progress=False)
     with pytest.raises(ValueError, match=f"searched in another level database.*{other.fingerprint}"):
         load_winner(tmp_path / "run", "mine", database=other.directory)
+
+
+@pytest.mark.parametrize("row", [
+    {"nonsense": 1}, {"scores": [1]}, {"provenance": "text"}, {"base_model": 5}, {"dense_params": "many"}, {"license": {}}])
+def test_a_card_of_other_contents_is_refused_by_name(tmp_path, row):
+    "`card.json` may come from anybody."
+    (tmp_path / "card.json").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"card.json is no card of evoprune_nb: {next(iter(row))} = "):
+        read_card(tmp_path)
+
+
+def test_scores_are_not_read_through_a_link(tmp_path):
+    "An evaluation.json that leads out of the directory is not followed."
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text(json.dumps({"heldout": {"perplexity": 7.0}}))
+    (tmp_path / "model" / "evaluation.json").symlink_to(tmp_path / "secret")
+    assert read_card(tmp_path / "model").scores == {}

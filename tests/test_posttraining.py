@@ -23,7 +23,7 @@ from evoprune_nb.ui.cli import main
 from evoprune_nb.data import documents, split_of
 from evoprune_nb.ship.export import export_hf, load_exported
 from evoprune_nb.ship.cards import read_card
-from evoprune_nb.machine.lock import DirectoryBusy
+from evoprune_nb.machine.lock import DirectoryBusy, contents
 from evoprune_nb.models import EMBEDDED_MODELS, load_model
 from evoprune_nb.ship.padded import export_padded
 from evoprune_nb.ship.checkpoints import damage, last_checkpoint
@@ -386,6 +386,21 @@ with DirectoryLock({str(work)!r}):
         holder.communicate("")
     assert same_weights(post_train(exported, tmp_path / "trained", corpus, checkpoint_tokens=4 * 64), whole)
     assert not work.exists()
+
+
+def test_a_result_that_appears_meanwhile_is_noticed_before_training(exported, corpus, tmp_path, monkeypatch):
+    "Another process may finish the same training while this one loads its model: nothing is trained for an end that fails."
+    out = tmp_path / "trained"
+
+    def finish_elsewhere(stream):
+        out.mkdir()
+        (out / "model.safetensors").touch()
+
+    monkeypatch.setattr(posttraining, "require_text", finish_elsewhere)
+    monkeypatch.setattr(posttraining, "_train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match="trained exists and is not an empty directory"):
+        post_train(exported, out, corpus)
+    assert contents(tmp_path / "trained.training") == []
 
 
 @pytest.mark.parametrize("wrong", ["missing", "no column", "too short"])

@@ -157,3 +157,14 @@ def test_settings_are_written_whole(tmp_path):
     write_json(tmp_path / "config.json", {"config": {}, "sha256": None})
     with pytest.raises(ValueError, match="is not of a search: it lacks fingerprints, space"):
         read_settings(tmp_path)
+
+
+def test_a_log_that_is_a_link_is_refused(small, run, tmp_path):
+    "A run directory from somebody else may link its log to any file: nothing is cut off or appended there."
+    copy, target = copy_of(run, tmp_path / "copy"), tmp_path / "precious"
+    target.write_text("a line without an end")
+    (copy / "events.jsonl").unlink()
+    (copy / "events.jsonl").symlink_to(target)
+    with pytest.raises(ValueError, match="events.jsonl is a link"):
+        search_in(copy, small).run(progress=False)
+    assert target.read_text() == "a line without an end"

@@ -381,7 +381,7 @@ def test_a_generation_that_disqualifies_everybody_stops_the_search(small, tmp_pa
     "Training that explodes for all ends the first generation with its reason and JSON that is JSON; after a lower learning rate the search goes on to the end, and is replayed."
     config = short_config(stages=stages, training=Training(lr=lr, batch_size=2))
     search = search_in(tmp_path / "run", small, config)
-    with pytest.raises(AllDisqualified, match="generation 1: all candidates .* disqualified.*non-finite training loss.*Lower the learning rate"):
+    with pytest.raises(AllDisqualified, match="generation 1: all candidates .* disqualified.*non-finite training loss.*Lower the learning rate.*with a `set` command"):
         search.run(progress=False)
     history = History(tmp_path / "run")
     assert search.status == history.state["status"] == "failed" and "AllDisqualified" in history.state["error"] and not history.finished

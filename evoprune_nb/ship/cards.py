@@ -248,12 +248,22 @@ def write_card(
         card.figure.savefig(directory / "genome.png", dpi=130, metadata={"Software": None})
 
 
+def _card_row(path: Path) -> dict:
+    "What a `card.json` says. Raises `ValueError` when it is no card."
+    row, empty = read_json(path), Card()
+    fits = lambda key, value: key in _KEYS and isinstance(
+        value, (str, list) if key == "license" else type(getattr(empty, key)))
+    if wrong := [f"{key} = {value!r}" for key, value in row.items() if not fits(key, value)]:
+        raise ValueError(f"{path} is no card of evoprune_nb: {', '.join(wrong)}; restore or delete it")
+    return row
+
+
 def read_card(
     directory: str | Path,  # an exported checkpoint
 ) -> Card:
     "The card of an export, picture and licence files included; an empty one where there is none."
     directory, files = Path(directory), {path.name: path for path in own_files(directory)}
-    row = read_json(files["card.json"]) if "card.json" in files else {}
+    row = _card_row(files["card.json"]) if "card.json" in files else {}
     row["scores"] = row.get("scores", {}) | evaluation_scores(directory)
     _, texts = base_license(str(directory.absolute()))
     return Card(**row, license_files=texts, figure=files.get("genome.png"))
@@ -265,7 +275,7 @@ def evaluation_scores(
 ) -> dict[str, float]:
     "Scores in the evaluation report of a directory; none where there is no report."
     path = directory / "evaluation.json"
-    row = read_json(path) if path.exists() else {}
+    row = read_json(path) if path.exists() and path in own_files(directory) else {}
     if genome and row.get("conditions", {}).get("genome") != genome:
         return {}
     scores = {"held-out perplexity": row["heldout"]["perplexity"]} if row.get("heldout") else {}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..machine.files import read_json, sha256_file, write_json
+from ..machine.files import check_target, read_json, sha256_file, write_json
 from ..machine.lock import DirectoryLock, contents
 
 # %% ../../nbs/ship/04c_checkpoints.ipynb #b4db0c7a
@@ -99,10 +99,13 @@ def check_claim(
 def claimed(
     work: Path,  # the working directory
     identity: dict,  # whatever decides the result
+    out: Path | None = None,  # where the result goes: another process may have written it meanwhile
 ) -> Iterator[None]:
     "Hold the working directory for this training. Raises `DirectoryBusy` when another process has it."
     work.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(work):
+        if out is not None:
+            check_target(out)
         if not check_claim(work, identity):
             write_json(work / "settings.json", identity)
         yield

@@ -221,7 +221,7 @@ def post_train_checkpoint(
             if arguments.process_index == 0:
                 if not check_claim(work, identity):
                     require_text(stream)
-                held.enter_context(claimed(work, identity))
+                held.enter_context(claimed(work, identity, out))
             checkpoint = last_checkpoint(work)
         _make_forward_the_loss(model, settings, dense)
         trainer = _train(model, arguments, stream, blocks_per_step, checkpoint)
