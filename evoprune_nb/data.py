@@ -294,7 +294,9 @@ def load_pools(
     if unknown := set(wanted) - set(SPLITS):
         raise ValueError(f"unknown splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
     if (size := seq_len - len(begin)) < 1:
-        raise ValueError(f"blocks of seq_len={seq_len} have no room for text behind BOS")
+        raise ValueError(f"blocks of seq_len={seq_len} have no room for text{' behind BOS' * bool(begin)}")
+    if wrong := {split: n for split, n in wanted.items() if n is not None and n < 1}:
+        raise ValueError(f"tokens of a split must be at least 1, or None for all there are; got {wrong}")
     needed = {split: -(-(at_most if n is None else n) // seq_len) * size for split, n in wanted.items()}
     texts, n_documents = _read_splits(source, column, tokenizer, needed, split_seed, progress)
     pools = {}

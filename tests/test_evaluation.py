@@ -203,3 +203,9 @@ def test_command(exported, corpus, task, tokenizer, capsys):
     assert main([*command, "--tasks", str(task)]) == 0 and (directory / "README.md").read_text() == card  # the same scores again
     assert main(["eval", "tiny", "--text", "none", "--tasks", "missing.yaml"]) == 2
     assert "no task file 'missing.yaml'" in capsys.readouterr().err
+
+
+def test_blocks_of_one_token_are_refused(tiny, tokenizer):
+    "In such blocks nothing is predicted."
+    with pytest.raises(ValueError, match="seq_len=1 no token is predicted"):
+        evaluate(tiny, TokenPool("heldout", torch.zeros(4, 1, dtype=torch.int32)), tokenizer)

@@ -230,3 +230,10 @@ def test_full_size_model_is_planned_without_weights():
     assert planned.dense_params == 8_030_261_248 and planned.params == pytest.approx(4.6e9, rel=0.02)
     with pytest.raises(ValueError, match="outside what the grid can reach"):
         plan(config, SearchConfig(Target(params=10**12)))
+
+
+@pytest.mark.parametrize("wrong", [{"seq_len": 0}, {"calibration_tokens": -5}])
+def test_a_plan_needs_tokens(wrong):
+    "No token, no plan."
+    with pytest.raises(ValueError, match="must both be at least 1"):
+        plan("tiny", **wrong)

@@ -60,6 +60,8 @@ def evaluate(
     progress: str = "",  # label of a progress bar; none by default
 ) -> HeldOut:
     "Held-out loss. The first token of each block is context only: it is not predicted."
+    if pool.seq_len < 2:
+        raise ValueError(f"in blocks of seq_len={pool.seq_len} no token is predicted; at least 2 are needed")
     pool.require(n_tokens or pool.n_tokens)
     blocks = pool.blocks[: (n_tokens or pool.n_tokens) // pool.seq_len].long()
     batches = tqdm(blocks.split(batch_size), desc=progress, unit="batch", disable=not progress)

@@ -367,6 +367,9 @@ def plan(
     device: Device | None = None,  # for times, and to say what does not fit; None: this machine's CPU
 ) -> Plan:
     "What database, search and post-training will take. Raises `ValueError` where the jobs themselves would."
+    if seq_len < 1 or calibration_tokens < 1:
+        raise ValueError(
+            f"seq_len={seq_len} and calibration_tokens={calibration_tokens} must both be at least 1")
     _check_budgets(config.stages, seq_len)
     dense = meta_model(model, dtype)
     units = prunable_units(dense)
