@@ -6,7 +6,7 @@ import torch
 from helpers import peak_of_tensors, random_blocks, small_model, small_pools
 from torch.nn import functional as F
 
-from evoprune_nb import evaluator as evaluator_module
+from evoprune_nb import evaluator as evaluator_module, warm_start
 from evoprune_nb.candidates import materialize
 from evoprune_nb.data import TokenPool, derive_seed, load_pools
 from evoprune_nb.genome import Genome
@@ -50,7 +50,7 @@ def test_candidates_of_a_stage_see_the_same_tokens(small, monkeypatch):
     model, database = small
     tuned, scored, real_hidden = {}, {}, evaluator_module.final_hidden
     evaluate = Evaluator(model, database, small_pools(), (Stage(2, 64, 64), Stage(1, 64, 64)))
-    monkeypatch.setattr(evaluator_module, "train", lambda candidate, blocks, settings, **_: tuned[now].append(blocks.tolist()) or TrainingResult(blocks.numel(), [1.0]))
+    monkeypatch.setattr(warm_start, "train", lambda candidate, blocks, settings, **_: tuned[now].append(blocks.tolist()) or TrainingResult(blocks.numel(), [1.0]))
     monkeypatch.setattr(evaluator_module, "final_hidden", lambda m, blocks: (scored[now].append(blocks.tolist()) if m is not model else None, real_hidden(m, blocks))[1])
     genomes = [database.space.genome(levels) for levels in ([3, 3, 3, 5, 5, 5], [2, 4, 3, 5, 5, 5], [3, 3, 3, 4, 6, 5])]
     for now in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -115,7 +115,7 @@ def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypa
     "Survivors of the stage before are not trained again on what they have seen; no more candidates are held than can survive."
     model, database = small
     genomes, trained, real = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(4)], [], evaluator_module.train
-    monkeypatch.setattr(evaluator_module, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
+    monkeypatch.setattr(warm_start, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
     evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), warm_start=True)
     first = sorted((evaluate(genome, 0, 0) for genome in genomes), key=lambda evaluation: evaluation.fitness)
     assert trained == [32] * 4 and sorted(code for _, code in evaluate.tuner.kept.tuned) == sorted(e.genome for e in first[:3])
