@@ -114,7 +114,7 @@ def test_continued_stages_are_one_uninterrupted_training(tmp_path, dtype):
 def test_continued_survivors_train_on_the_additional_tokens_only(small, monkeypatch):
     "Survivors of the stage before are not trained again on what they have seen; no more candidates are held than can survive."
     model, database = small
-    genomes, trained, real = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(4)], [], evaluator_module.train
+    genomes, trained, real = [database.space.genome([3, 3, 3, 5, 5, 3 + i]) for i in range(4)], [], warm_start.train
     monkeypatch.setattr(warm_start, "train", lambda candidate, blocks, *args, **options: trained.append(blocks.numel()) or real(candidate, blocks, *args, **options))
     evaluate = Evaluator(model, database, small_pools(), CONTINUED, Training(batch_size=2), warm_start=True)
     first = sorted((evaluate(genome, 0, 0) for genome in genomes), key=lambda evaluation: evaluation.fitness)
