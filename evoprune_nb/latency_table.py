@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'unit_shape', 'unit_shapes', 'UnitLatency', 'with_latency', 'device_name', 'latency_conditions',
-           'check_conditions', 'open_unit_latency', 'with_stored_latency']
+           'write_table', 'read_table', 'check_conditions', 'open_unit_latency', 'with_stored_latency']
 
 # %% ../nbs/09a_latency_table.ipynb #c6330935
 import hashlib
+import json
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from .candidates import kv_index_of
 from .costs import attention_window
 from .database import LevelDatabase
 from .genome import Space
-from .machine.files import read_json
+from .machine.files import read_json, write_json
 from .models import decoder_layers
 
 # %% ../nbs/09a_latency_table.ipynb #902ee605
@@ -120,6 +121,31 @@ def latency_conditions(
     }
 
 # %% ../nbs/09a_latency_table.ipynb #2ef24480
+def _digest(table: dict) -> str:
+    "SHA-256 of what a table says."
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def write_table(
+    path: Path,  # of the table
+    table: dict,  # "conditions", and "seconds" so far
+) -> None:
+    "Replace the file of a table, with a hash."
+    table = json.loads(json.dumps(table))
+    write_json(path, table | {"sha256": _digest(table)})
+
+
+def read_table(
+    path: Path,  # of a table
+) -> dict:
+    "Conditions and seconds. Raises `ValueError` for a damaged file."
+    table = read_json(path)
+    digest = table.pop("sha256", None)  # version 0.1 wrote none
+    if table.keys() != {"conditions", "seconds"} or digest not in (None, _digest(table)):
+        raise ValueError(f"{path} is damaged: it is not what was measured; delete it and measure again")
+    return table
+
+
 def check_conditions(
     path: Path,  # of the table
     found: dict,  # its conditions
@@ -145,7 +171,7 @@ def open_unit_latency(
     if not path.exists():
         raise ValueError(
             f"{database.directory} holds no latency table {name!r}; make one with measure_unit_latency")
-    row, wanted = read_json(path), latency_conditions(model, database)
+    row, wanted = read_table(path), latency_conditions(model, database)
     checked = ("model", "space", "database") if elsewhere else tuple(wanted)
     check_conditions(path, row["conditions"], {key: wanted[key] for key in checked})
     shapes = unit_shapes(model, database)

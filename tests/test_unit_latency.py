@@ -17,7 +17,7 @@ from evoprune_nb.mutation import make_offspring
 from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.search import Search, check_search
 from evoprune_nb.judge.unit_latency import measure_unit_latency
-from evoprune_nb.latency_table import PHASES, open_unit_latency, unit_shape, with_latency, with_stored_latency
+from evoprune_nb.latency_table import PHASES, open_unit_latency, read_table, unit_shape, with_latency, with_stored_latency, write_table
 from evoprune_nb.replay import replay
 
 QUICK = dict(prompt_tokens=8, warmup=0, repeats=3, progress=False)
@@ -195,15 +195,31 @@ def test_a_search_needs_the_table_and_keeps_to_it(small, tmp_path):
         Search(tmp_path / "run", model, opened(), small_pools(), config)
     measure_unit_latency(model, opened(), **QUICK)
     path = tmp_path / "database" / "latency.json"
-    table = json.loads(path.read_text())
+    table = read_table(path)
     table["seconds"] = {shape: {phase: [float(shape.split()[-1] != "fixed"), 1, 1] for phase in PHASES} for shape in table["seconds"]}  # one second a unit
-    path.write_text(json.dumps(table))
+    write_table(path, table)
     winner = Search(tmp_path / "run", model, opened(), small_pools(), config, by(made_up)).run(progress=False)
     for code in History(tmp_path / "run").evaluations.genome:
         levels = Genome.parse(code).levels
         assert sum(opened().space.kept(i, level) > 0 for i, level in enumerate(levels)) <= 4  # 0.8 · 6 s: at least two units are gone
     assert replay(tmp_path / "run", tmp_path / "again", model, opened(), small_pools(), progress=False, evaluator=by(made_up)) == winner
     table["seconds"]["fixed"]["prefill"][0] = 0.5
-    path.write_text(json.dumps(table))
+    write_table(path, table)
     with pytest.raises(ValueError, match="different search: fingerprints.costs"):
         Search(tmp_path / "run", model, opened(), small_pools(), config)
+
+
+def test_every_bit_of_a_table_counts(tmp_path):
+    "A digit of a time that flips is noticed, as is a hash that is gone; a table of version 0.1 has none."
+    path, table = tmp_path / "latency.json", {"conditions": {"device": "cpu"}, "seconds": {"fixed": {"prefill": [0.25, 0.2, 0.3]}}}
+    write_table(path, table)
+    whole = path.read_bytes()
+    assert read_table(path) == table
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        try:
+            assert read_table(path) == table  # white space
+        except ValueError as error:
+            assert "latency.json is damaged" in str(error)
+    path.write_text(json.dumps(table))
+    assert read_table(path) == table

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from ..candidates import materialize
 from .latency import _cache_name, _check_counts, _prompt, _seconds, time_each
 from ..latency_table import PHASES, UnitLatency, check_conditions, latency_conditions
-from ..latency_table import open_unit_latency, unit_shapes
-from ..machine.files import read_json, write_json
+from ..latency_table import open_unit_latency, read_table, unit_shapes, write_table
 from ..models import decoder_layers, norm_names
 from ..modeling import drop_sublayer
 from ..database import LevelDatabase
@@ -149,16 +148,16 @@ def measure_unit_latency(
         "batch_size": batch_size, "prompt_tokens": prompt_tokens}
     table = {"conditions": conditions | {"torch": torch.__version__}, "seconds": {}}
     if path.exists():
-        table = read_json(path)
+        table = read_table(path)
         check_conditions(path, table["conditions"], conditions)
     table["conditions"]["new_tokens"] = new_tokens
     was_training = model.training
     how = (batch_size, prompt_tokens), (warmup, repeats), progress
     try:
-        write_json(path, table)
+        write_table(path, table)
         for measured in _measure(model.eval(), database, table, *how):
             table["seconds"] |= measured
-            write_json(path, table)
+            write_table(path, table)
     finally:
         model.train(was_training)
     return open_unit_latency(model, database, name)
