@@ -219,6 +219,49 @@ def test_a_draft_is_edited_and_injected(bench):
     assert editor.draft == editor.parent
 
 
+def test_showing_a_unit_edits_nothing(bench):
+    "The slider follows the unit that is shown; only a hand on it changes the draft."
+    editor = prepared(bench()).steering.editor
+    edits, change = [], editor.load
+    editor.load = lambda genome: (edits.append(genome), change(genome))
+    start = editor.draft
+    editor.set_level(0)
+    assert len(edits) == 1 and editor.tools.level.value == 0
+    for index, cell in enumerate(editor.cells):
+        cell.click()
+        assert editor.tools.level.value == editor.draft.levels[index]
+    assert len(edits) == 1 and editor.draft.levels[1:] == start.levels[1:]
+    editor.tools.level.value = editor.space.n_levels(index) - 1
+    assert len(edits) == 2 and editor.draft.levels[index] == editor.tools.level.value
+
+
+def test_a_click_while_the_view_is_redrawn(bench):
+    "News of the run, shown by another thread at the moment of a click, change no draft and hide no selection."
+    editor = prepared(bench()).steering.editor
+    editor.set_level(0)
+    arrived, clicked, show = threading.Event(), threading.Event(), editor.tools.show
+
+    def slow(*what) -> None:
+        if threading.current_thread() is news:
+            arrived.set()
+            clicked.wait(1)
+        show(*what)
+
+    editor.tools.show = slow
+    frozen = [editor.space.units[0].name]
+    news = threading.Thread(target=editor.follow, args=(editor.parent, editor.budget, frozen, True))
+    news.start()
+    assert arrived.wait(WAIT)
+    editor.cells[3].click()
+    editor.tools.more.click()
+    clicked.set()
+    news.join(WAIT)
+    wanted = list(editor.parent.levels)
+    wanted[0], wanted[3] = 0, wanted[3] - 1
+    assert list(editor.draft.levels) == wanted and editor.tools.level.value == wanted[3]
+    assert editor.space.units[3].name in text(editor.tools.what) and "frozen" not in text(editor.tools.what)
+
+
 def test_freeze_and_thaw(bench):
     "The selected unit is frozen and thawed by commands; the cell shows it once the run knows it."
     panel = prepared(bench())

@@ -84,7 +84,7 @@ def film(screenshots: list[bytes]) -> None:
     "Screenshots as a small animation, all in the colours of the last."
     frames = [Image.open(io.BytesIO(data)).convert("RGB") for data in screenshots]
     frames = [frame.resize((frame.width * 7 // 10, frame.height * 7 // 10), Image.Resampling.LANCZOS) for frame in frames]
-    colors = frames[-1].quantize(256)
+    colors = frames[-1].quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)  # rare colours too: marks, the colour bar
     first, *others = [frame.quantize(palette=colors, dither=Image.Dither.NONE) for frame in frames]
     first.save(PICTURES / "search.gif", save_all=True, append_images=others, duration=[500] * len(others) + [3000], loop=0, optimize=True)
 

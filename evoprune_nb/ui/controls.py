@@ -8,6 +8,7 @@ __all__ = ['button', 'row', 'column', 'hinted', 'labelled', 'make_grid', 'set_cl
            'setting_commands', 'SettingsForm']
 
 # %% ../../nbs/ui/02_controls.ipynb #34655afb
+import threading
 from collections.abc import Callable, Collection, Iterable
 from html import escape
 
@@ -141,12 +142,13 @@ class UnitTools:
         step: Callable[[int], None],  # raises or lowers the level
         toggle: Callable[[], None],  # freezes or thaws the unit
     ):
-        self.what = widgets.HTML(layout=widgets.Layout(margin="0"))
+        self.what, self._showing = widgets.HTML(layout=widgets.Layout(margin="0")), False
         self.level = widgets.IntSlider(
             min=0, max=1, description="level", style={"description_width": "auto"}, continuous_update=False,
             layout=widgets.Layout(width="280px"),
             tooltip="Level of the selected unit in the draft: 0 is dense, the last level removes the unit")
-        self.level.observe(lambda change: set_level(change["new"]), "value")
+        moved = lambda change: None if self._showing else set_level(change["new"])
+        self.level.observe(moved, "value")
         tooltip = "{} the selected unit's level in the draft by one"
         self.more = button("Keep more", tooltip.format("Lower"), lambda: step(-1), "plus")
         self.less = button("Keep less", tooltip.format("Raise"), lambda: step(1), "minus")
@@ -160,8 +162,10 @@ class UnitTools:
         kept, noun = space.kept(index, level), "heads" if unit.kind == "attn" else "channels"
         keeps = f"keeps {kept} of {unit.n_structures} {noun}" + (" · frozen" if frozen else "")
         self.what.value = f"<b>{unit.name}</b>: level {level} of {top}, {keeps}"
+        self._showing = True
         with self.level.hold_trait_notifications():
             self.level.max, self.level.value = max(top, 1), level
+        self._showing = False
         self.more.disabled, self.less.disabled = level == 0, level == top
         self.freeze.description, self.freeze.icon = ("Thaw", "unlock") if frozen else ("Freeze", "lock")
         self.freeze.disabled = not enabled
@@ -206,6 +210,7 @@ class GenomeEditor:
         self.parent = self.draft = parent
         self.frozen: frozenset[str] = frozenset()
         self.selected, self.enabled = 0, True
+        self._lock = threading.RLock()  # clicks and the view of the run come from two threads
         grid, self.cells = make_grid(space, self.select)
         self.tools, self.size = UnitTools(self.set_level, self._step, self._toggle_frozen), widgets.HTML()
         self.inject = button(
@@ -221,13 +226,15 @@ class GenomeEditor:
 
     def select(self, index: int) -> None:
         "Choose the unit to edit."
-        self.selected = index
-        self.update()
+        with self._lock:
+            self.selected = index
+            self.update()
 
     def load(self, genome: Genome) -> None:
         "Make a genome the draft."
-        self.draft = genome
-        self.update()
+        with self._lock:
+            self.draft = genome
+            self.update()
 
     def set_level(self, level: int) -> None:
         "Change the selected unit's level in the draft."
@@ -255,11 +262,12 @@ class GenomeEditor:
     def follow(self, parent: Genome, budget: Budget, frozen: Iterable[str], enabled: bool) -> None:
         "Take over what is now true of the run; a draft that nobody has touched follows the parent."
         now = (parent, budget, frozenset(frozen), enabled)
-        if now != (self.parent, self.budget, self.frozen, self.enabled):
-            if self.draft == self.parent:
-                self.draft = parent
-            self.parent, self.budget, self.frozen, self.enabled = now
-            self.update()
+        with self._lock:
+            if now != (self.parent, self.budget, self.frozen, self.enabled):
+                if self.draft == self.parent:
+                    self.draft = parent
+                self.parent, self.budget, self.frozen, self.enabled = now
+                self.update()
 
     def update(self) -> None:
         "Show the draft; only widgets whose content changes send anything."
