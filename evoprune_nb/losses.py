@@ -95,7 +95,7 @@ def cross_entropy(
 
 # %% ../nbs/11_losses.ipynb #ba90e875
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    "Summed cross-entropy of (rows, vocabulary) logits where targets are not negative; the logits become its gradient."
+    "Summed cross-entropy of (rows, vocabulary) logits where targets are ≥ 0; logits become its gradient."
     z, counts, index = logits.float(), (targets >= 0).float(), targets.clamp(min=0)
     exps, sums, lse = softmax_sums(z)
     loss = ((lse - z.gather(1, index)) * counts).sum()
@@ -140,7 +140,8 @@ def next_token_loss(
         total = _HeadLoss.apply(hidden, head.weight, targets, chunk)
     else:
         chunks = zip(hidden.split(chunk), targets.split(chunk))
-        total = sum(F.cross_entropy(head(states).float(), wanted, reduction="sum") for states, wanted in chunks)
+        losses = (F.cross_entropy(head(x).float(), wanted, reduction="sum") for x, wanted in chunks)
+        total = sum(losses)
     return total / blocks[:, 1:].numel() if reduction == "mean" else total
 
 # %% ../nbs/11_losses.ipynb #f24c207e

@@ -340,7 +340,7 @@ def removal_flops(
     removed: Sequence[int],  # columns removed at each level
 ) -> float:
     "Operations of pruning one layer to all levels, as few as the method allows."
-    shared = n_columns**3 * (1 + 4 / 3)  # inverse and Gram matrix on one half, two Cholesky factors and an inverse
+    shared = n_columns**3 * (1 + 4 / 3)  # Gram matrix, two Cholesky factors, an inverse
     of_weight = 2 * n_rows * n_columns**2  # one half of the Gram matrix, Y = LᵀWᵀ
-    solves = sum(n_rows * (n_columns - gone) ** 2 for gone in removed[1:] if gone < n_columns)  # one for each level
+    solves = sum(n_rows * (n_columns - gone) ** 2 for gone in removed[1:] if gone < n_columns)
     return shared + of_weight + solves

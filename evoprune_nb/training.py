@@ -183,7 +183,8 @@ def train(
     if saved and saved.path.exists():
         result = saved.load()
     start, n = len(result.losses), len(batches)
-    for step in tqdm(range(start, n), desc=progress, unit="step", initial=start, total=n, disable=not progress):
+    bar = dict(desc=progress, unit="step", initial=start, total=n, disable=not progress)
+    for step in tqdm(range(start, n), **bar):
         check_cancelled()
         loss = next_token_loss(model, batches[step])
         result.losses.append(loss.item())
@@ -210,7 +211,9 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], about: dict[str, str]) 
 class Checkpoint:
     "The state of a training loop in a safetensors file, written whole or not at all."
 
-    def __init__(self, path: str | Path, settings: Training, blocks: torch.Tensor, optimizer: MasterOptimizer):
+    def __init__(
+        self, path: str | Path, settings: Training, blocks: torch.Tensor, optimizer: MasterOptimizer
+    ):
         self.path, self.optimizer = Path(path), optimizer
         work = f"{settings} {tuple(blocks.shape)} {optimizer.part}".encode() + blocks.numpy().tobytes()
         self.work = hashlib.sha256(work).hexdigest()[:16]
@@ -277,7 +280,7 @@ def post_train(
     progress: str = "post-training",  # label of the progress bar
     checkpoint: str | Path | None = None,  # file to resume from
 ) -> TrainingResult:
-    "Train a pruned model on `n_tokens` of a pool. Raises `ValueError` when the pool is too small, before training."
+    "Train a pruned model on `n_tokens` of a pool. Raises `ValueError` when the pool is too small."
     blocks = pool.draw(n_tokens, derive_seed(seed, "post-training"), epochs)
     return train(model, blocks, settings, progress, checkpoint)
 

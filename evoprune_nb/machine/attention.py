@@ -26,7 +26,7 @@ def _rows(x: torch.Tensor, n_kv: int, start: int, stop: int) -> torch.Tensor:
 def _probabilities(
     queries: torch.Tensor,  # (matrices, rows, size) float32, scaled; rows are a multiple of the positions
     keys: torch.Tensor,  # (matrices, positions, size) float32
-    future: torch.Tensor,  # (positions, positions) of a whole block: minus infinity above the diagonal, else 0
+    future: torch.Tensor,  # (positions, positions) of a block: minus infinity above the diagonal
     start: int,  # first position of the block
     stop: int,  # the one after its last
 ) -> torch.Tensor:
@@ -54,10 +54,11 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     return out, kept
 
 # %% ../../nbs/machine/05_attention.ipynb #5ead8a4a
-def _backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list, scale: float, grad: torch.Tensor):
+def _backward(query, key, value, kept: list[torch.Tensor], scale: float, grad: torch.Tensor):
     "Gradients of query, key and value from that of the output."
     (batch, n_heads, length, size), n_kv = query.shape, key.shape[1]
-    keys, values, grad, step = key.flatten(0, 1), value.flatten(0, 1), grad.transpose(1, 2), _block_size(query.dtype)
+    keys, values, grad = key.flatten(0, 1), value.flatten(0, 1), grad.transpose(1, 2)
+    step = _block_size(query.dtype)
     d_query = query.new_empty(batch, length, n_heads, size).transpose(1, 2)
     d_key, d_value = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
     for start, p in zip(range(0, length, step), kept):
@@ -66,7 +67,8 @@ def _backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept:
         d_value[:, :stop] += torch.bmm(p.transpose(1, 2), d_out)
         d_p = torch.bmm(d_out, values[:, :stop].transpose(1, 2))
         d_logits = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-        d_query[:, :, start:stop] = torch.bmm(d_logits, keys[:, :stop]).view(batch, n_heads, stop - start, size)
+        d_block = torch.bmm(d_logits, keys[:, :stop])
+        d_query[:, :, start:stop] = d_block.view(batch, n_heads, stop - start, size)
         d_key[:, :stop] += torch.bmm(d_logits.transpose(1, 2), _rows(query, n_kv, start, stop))
     return (d_query.mul_(scale), d_key.mul_(scale).to(key.dtype).view(key.shape),
             d_value.to(value.dtype).view(value.shape))
@@ -154,7 +156,8 @@ def _attention_forward(module, query, key, value, attention_mask, dropout=0.0, s
             and _is_plain(query, key, value, attention_mask, dropout, options)
             and faster_in_blocks(query.dtype, query.shape[2], training)):
         return causal_attention(query, key, value, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    options |= dict(dropout=dropout, scaling=scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 # %% ../../nbs/machine/05_attention.ipynb #312a492a
 IN_BLOCKS = "causal_in_blocks"  # the name of this attention in transformers

@@ -21,7 +21,8 @@ def resolve_device(
     device: str | torch.device = "cpu",  # a torch device string, or "auto": CUDA, then MPS, then CPU
 ) -> torch.device:
     "The `torch.device` of that name. Raises `ValueError` when this machine has none."
-    n_cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if n_cuda else "mps" if mps else "cpu")
     try:
@@ -30,7 +31,7 @@ def resolve_device(
         hint = "try 'cpu', 'cuda', 'cuda:0', 'mps' or 'auto'"
         raise ValueError(f"device {device!r} is no torch device; {hint}") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:
-        raise ValueError(f"device {device!r}: torch sees {n_cuda} CUDA devices here; use device='cpu' or 'auto'")
+        raise ValueError(f"device {device!r}: torch sees {n_cuda} CUDA devices; use device='cpu' or 'auto'")
     if resolved.type == "mps" and not mps:
         raise ValueError("device 'mps': torch sees no Apple GPU here; use device='cpu' or 'auto'")
     return resolved
@@ -61,12 +62,13 @@ _PACKAGES = ("evoprune-nb", "torch", "transformers", "datasets", "safetensors", 
 
 def _git(*words: str) -> str:
     "What git says of the repository this code lies in."
-    answer = subprocess.run(["git", *words], cwd=files("evoprune_nb"), capture_output=True, text=True, check=True)
+    here = files("evoprune_nb")
+    answer = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
     return answer.stdout.strip()
 
 
 def _git_revision() -> str | None:
-    "Revision of the repository, with `+changes` when code or notebooks were edited since; None outside of one."
+    "Revision of the repository, `+changes` appended after edits; None outside of one."
     try:
         changed = _git("status", "--porcelain", "--", ".", "../nbs")
         return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

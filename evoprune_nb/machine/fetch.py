@@ -38,7 +38,9 @@ def _unchanged_sha256(path: Path, n_bytes: int, mtime_ns: int) -> str:
 def _hashes(path: Path) -> dict[str, str]:
     "SHA-256 of a file, or of all files in a directory, by relative path."
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return {str(p.relative_to(path.parent)): _unchanged_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+    stats = [p.stat() for p in files]
+    hashes = [_unchanged_sha256(p, stat.st_size, stat.st_mtime_ns) for p, stat in zip(files, stats)]
+    return {str(p.relative_to(path.parent)): sha256 for p, sha256 in zip(files, hashes)}
 
 
 def _is_intact(target: Path) -> bool:
@@ -88,7 +90,8 @@ WIKIPEDIA_SAMPLE = EmbeddedFile(
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d", 26_662_669,
     # Any platform's wheel holds the same text: naming one makes every machine fetch the same file.
-    ("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_17_x86_64"))
+    ("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
+     "--platform", "manylinux_2_17_x86_64"))
 
 # %% ../../nbs/machine/02_fetch.ipynb #f110d2d2
 def _watch(process: subprocess.Popen, directory: Path, bar: tqdm) -> None:
@@ -106,7 +109,7 @@ def _watch(process: subprocess.Popen, directory: Path, bar: tqdm) -> None:
 
 # %% ../../nbs/machine/02_fetch.ipynb #be2723cb
 def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
-    "Download the wheel into a directory; returns its path. Raises `RuntimeError` with what to do when it fails."
+    "Download the wheel into a directory; returns its path. Raises `RuntimeError` with what to do."
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
                *file.pip_args, "--dest", str(directory), file.requirement]
     environment = os.environ | {"TMPDIR": str(directory), "PIP_NO_CACHE_DIR": "1"}
@@ -119,7 +122,8 @@ def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
         if process.returncode or not wheels:
             raise RuntimeError(
                 f"could not fetch {file.requirement} from the package index. Once online, run:\n"
-                f"    {Path(sys.executable).with_name('evoprune')} fetch\npip said: {log.read().strip()[-600:]}")
+                f"    {Path(sys.executable).with_name('evoprune')} fetch\n"
+                f"pip said: {log.read().strip()[-600:]}")
         bar.update(bar.total - bar.n)
     return wheels[0]
 
@@ -127,13 +131,15 @@ def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
 def _fetch(file: EmbeddedFile, path: Path) -> None:
     "Write the embedded file to a path, or raise `RuntimeError` when it is not the one that was asked for."
     with tempfile.TemporaryDirectory() as directory:
-        with zipfile.ZipFile(_pip_download(file, Path(directory))) as wheel, wheel.open(file.member) as member:
+        path_of_wheel = _pip_download(file, Path(directory))
+        with zipfile.ZipFile(path_of_wheel) as wheel, wheel.open(file.member) as member:
             with open(path, "wb") as copy:
                 shutil.copyfileobj(member, copy)
     if (found := sha256_file(path)) != file.sha256:
         path.unlink()
         raise RuntimeError(
-            f"{file.member} from {file.requirement} has SHA-256 {found}, expected {file.sha256}; nothing was kept")
+            f"{file.member} from {file.requirement} has SHA-256 {found}, "
+            f"expected {file.sha256}; nothing was kept")
 
 # %% ../../nbs/machine/02_fetch.ipynb #d07a34ee
 def fetch_embedded(

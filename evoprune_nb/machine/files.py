@@ -56,7 +56,8 @@ def read_json(path: str | Path) -> dict:
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is damaged: {error}; restore it from a copy") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}, not an object; restore it from a copy")
+        kind = type(value).__name__
+        raise ValueError(f"{path} is damaged: it holds a {kind}, not an object; restore it from a copy")
     return value
 
 # %% ../../nbs/machine/00_files.ipynb #6ce9b72b

@@ -27,13 +27,14 @@ def _holder(path: Path) -> str:
         note = json.loads(path.read_bytes())
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["since"]))
         ours = (note["pid"], note["host"]) == (os.getpid(), socket.gethostname())
-        return f"this process since {since}" if ours else f"process {note['pid']} on {note['host']} since {since}"
+        who = "this process" if ours else f"process {note['pid']} on {note['host']}"
+        return f"{who} since {since}"
     except (OSError, ValueError, KeyError, TypeError):  # it has not written its note yet
         return "another process"
 
 # %% ../../nbs/machine/01_lock.ipynb #f2aeb6ca
 class DirectoryLock:
-    "The right to write to a directory, as a context manager. Raises `DirectoryBusy` when somebody else has it."
+    "The right to write to a directory, as a context manager. Raises `DirectoryBusy` if it is taken."
 
     def __init__(
         self,
@@ -49,7 +50,8 @@ class DirectoryLock:
         try:
             self._lock.acquire()
         except Timeout:
-            raise DirectoryBusy(f"{self.directory} is being written by {_holder(self._note)}; {self.advice}") from None
+            holder = _holder(self._note)
+            raise DirectoryBusy(f"{self.directory} is being written by {holder}; {self.advice}") from None
         try:
             if self._lock.lock_counter == 1:
                 self._enter_first()
@@ -63,7 +65,8 @@ class DirectoryLock:
         for scratch in self.directory.glob(".*.tmp"):
             if scratch.is_file() or scratch.is_symlink():
                 scratch.unlink(missing_ok=True)
-        write_json(self._note, {"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)})
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
+        write_json(self._note, note)
 
     def __exit__(self, *_) -> None:
         if self._lock.lock_counter == 1:
@@ -77,4 +80,4 @@ def contents(
     "Names of what lies in a directory, sorted, without lock, note and scratch files."
     names = [path.name for path in Path(directory).iterdir()] if Path(directory).is_dir() else []
     own = ("writer.lock", "writer.json", "driver.lock")  # the last: of version 0.1
-    return sorted(name for name in names if name not in own and not (name.startswith(".") and name.endswith(".tmp")))
+    return sorted(n for n in names if n not in own and not (n.startswith(".") and n.endswith(".tmp")))

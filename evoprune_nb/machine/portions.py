@@ -18,7 +18,7 @@ PART = 2**21  # numbers whose gradients in float32 stay in a CPU's cache
 def part_size(
     device: str,  # its type, as torch calls it
 ) -> int:
-    "Numbers that have a gradient in float32 at a time; more on other devices than CPUs, to start fewer kernels."
+    "Numbers with a float32 gradient at a time; more on devices other than CPUs, to start fewer kernels."
     return PART if device == "cpu" else 16 * PART
 
 # %% ../../nbs/machine/07_portions.ipynb #c1742475
@@ -34,7 +34,9 @@ def row_groups(
     limit: int,  # numbers per group, if a row has no more
 ) -> Sequence[torch.Tensor]:
     "Views of neighbouring rows."
-    return tensor.split(max(1, limit * len(tensor) // tensor.numel())) if tensor.numel() > limit else (tensor,)
+    if tensor.numel() <= limit:
+        return (tensor,)
+    return tensor.split(max(1, limit * len(tensor) // tensor.numel()))
 
 # %% ../../nbs/machine/07_portions.ipynb #6190e4fb
 def joined(

@@ -50,7 +50,8 @@ def _in_threads(work: Callable, items: Sequence, n_threads: int) -> Generator:
             raise CancelledError
 
     task = (queue, work, check_cancelled, max(1, n_cores // n_threads))
-    threads = [threading.Thread(target=_serve, args=task, name="in order", daemon=True) for _ in range(n_threads)]
+    how = dict(target=_serve, args=task, name="in order", daemon=True)
+    threads = [threading.Thread(**how) for _ in range(n_threads)]
     begun: deque[Future] = deque()
     for thread in threads:
         thread.start()
@@ -79,7 +80,7 @@ def in_order(
     n_jobs: int = 1,  # how many at a time; 1: here, without a thread
     start: int = 0,  # index of the first item to work on
 ) -> Generator:
-    "Yield the results for `items[start:]` in order. An error in one, or closing the generator, ends the others."
+    "Yield the results for `items[start:]` in order. An error, or closing the generator, ends the others."
     width = widths(len(items), n_jobs)
     for n_threads, group in groupby(range(start, len(items)), key=width.__getitem__):
         here = [items[i] for i in group]

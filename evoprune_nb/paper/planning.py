@@ -213,7 +213,8 @@ class Plan:
         "Which phases need more memory than the device has, in words."
         have = self.device.memory_bytes if self.device else math.inf
         return [
-            f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, {self.device.name} has {have / 1e9:,.1f} GB"
+            f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, "
+            f"{self.device.name} has {have / 1e9:,.1f} GB"
             for phase in self.phases
             if phase.memory_bytes > have]
 

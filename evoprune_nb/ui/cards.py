@@ -173,7 +173,7 @@ class MomentCard:
         layout = widgets.Layout(width="auto", flex="0 0 auto")
         self.live = widgets.ToggleButton(
             True, description="Live", icon="eye", tooltip="Follow the run as it goes on", layout=layout)
-        tooltip = "Search on from the parent of the generation at the slider, on a new branch; nothing is lost"
+        tooltip = "Search on from the parent of that generation, on a new branch; nothing is lost"
         self.back = button("Branch from here", tooltip, lambda: branch(self.slider.value), "code-fork")
         self.slider.observe(lambda _: self._moved(), "value")
         self.live.observe(lambda _: changed(), "value")
