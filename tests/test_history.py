@@ -1,19 +1,17 @@
 """What a history shows is what the log says: at every byte of it, at every moment, on every branch, whoever writes it."""
 import json
-import os
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from evoprune_nb import evaluator
+from evoprune_nb import warm_start as warm_start_module
 from helpers import by, events, made_up, short_config, small_pools
 
-from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.runlog import STATUSES, read_events, read_state, write_state
 from evoprune_nb.search import Search
-from evoprune_nb.selection import Elimination, Stage
+from evoprune_nb.selection import Stage
 from evoprune_nb.config import ActiveConfig, forward_tokens, generation_tokens
 
 FRAMES = ("evaluations", "abandoned", "survivors", "generations", "commands", "notes")
@@ -143,8 +141,8 @@ def test_tokens_and_progress_of_real_evaluations(small, tmp_path, monkeypatch, w
     "With real training: tallies are tokens trained on, not tokens seen; abandoned work is counted; the plan is met at the end, and work only grows while what is left shrinks."
     config = short_config(generations=3, warm_start=warm_start, stages=(Stage(3, 40, 32), Stage(2, 64, 50), Stage(1, 150, 48)))
     search = Search(tmp_path / "run", *small, small_pools(), config)
-    trained, real_train = [], evaluator.train
-    monkeypatch.setattr(evaluator, "train", lambda model, blocks, *args, **options: trained.append(blocks.numel()) or real_train(model, blocks, *args, **options))
+    trained, real_train = [], warm_start_module.train
+    monkeypatch.setattr(warm_start_module, "train", lambda model, blocks, *args, **options: trained.append(blocks.numel()) or real_train(model, blocks, *args, **options))
     history, plan = History(tmp_path / "run"), generation_tokens(ActiveConfig.of(config), 16)
     assert history.planned_tokens == {purpose: 3 * n for purpose, n in plan.items()} and history.progress[:2] == (0, 3 * forward_tokens(**plan))
     done_before, total = 0, history.progress[1]
