@@ -302,7 +302,8 @@ def test_interrupted_command_continues(demo, corpus, tmp_path):
     values = BUDGETS["demo"] | {"text": str(corpus), "report_dir": "{}/reports/demo"}
     options = [word for name, value in values.items() for word in ("-p", name, value.replace("{}", str(tmp_path)))]
     command = [sys.executable, "-c", "import sys; from evoprune_nb.ui.cli import main; sys.exit(main())", "run", str(DEMO), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
     log = tmp_path / "runs" / "demo" / "events.jsonl"
     while process.poll() is None and (not log.exists() or b'"evaluation"' not in log.read_bytes()):
         time.sleep(0.05)
