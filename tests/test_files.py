@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -101,3 +102,23 @@ def test_a_killed_holder_frees_the_directory_and_its_scratch_files_go(tmp_path):
     with DirectoryLock(tmp_path):
         assert json.loads((tmp_path / "writer.json").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.glob(".*.tmp")) and not (tmp_path / "writer.json").exists()
+
+
+def test_a_lock_waits_for_a_holder_about_to_leave_and_for_no_other(tmp_path):
+    "A short visit of another thread refuses nobody; a holder who stays does, and is left alone."
+    entered, leave = threading.Event(), threading.Event()
+
+    def visit():
+        with DirectoryLock(tmp_path):
+            entered.set()
+            leave.wait(30)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    assert entered.wait(30)
+    with pytest.raises(DirectoryBusy, match="by this process since"):
+        DirectoryLock(tmp_path, wait=0.1).__enter__()
+    threading.Timer(0.2, leave.set).start()
+    with DirectoryLock(tmp_path, wait=30):
+        assert leave.is_set()
+    visitor.join()
