@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'final_hidden', 'head_is_linear', 'cached_rows', 'softmax_sums', 'kl_divergence', 'perplexity',
-           'cross_entropy', 'next_token_loss', 'head_bytes', 'scoring_bytes']
+           'cross_entropies', 'cross_entropy', 'head_and_states', 'summed_losses', 'block_losses', 'next_token_loss',
+           'head_bytes', 'scoring_bytes']
 
 # %% ../nbs/11_losses.ipynb #3e5ea5d6
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -80,6 +81,24 @@ def perplexity(nats: float) -> float:
     return math.inf if nats > 700 else math.exp(nats)
 
 
+def cross_entropies(
+    head: nn.Module,  # hidden → logits
+    hidden: torch.Tensor,  # (blocks, seq, hidden)
+    blocks: torch.Tensor,  # (blocks, seq) token ids
+    chunk: int = CHUNK,  # positions whose logits exist at a time
+) -> tuple[float, torch.Tensor]:
+    "Mean next-token cross-entropy in nats, and that of each block: (blocks,) in float64."
+    states, targets = hidden[:, :-1].flatten(0, 1), blocks[:, 1:].flatten().to(hidden.device)
+    sums, each = [], []
+    for part, wanted in zip(states.split(chunk), targets.split(chunk)):
+        for z, index in _portions(head(part), wanted):
+            log_p = z.float().log_softmax(-1)
+            sums.append(F.nll_loss(log_p, index, reduction="sum"))
+            each.append(-log_p.gather(1, index[:, None]))
+    of_blocks = torch.cat(each).cpu().double().view(len(blocks), -1).mean(1)
+    return torch.stack(sums).cpu().double().sum().item() / len(targets), of_blocks
+
+
 def cross_entropy(
     head: nn.Module,  # hidden → logits
     hidden: torch.Tensor,  # (blocks, seq, hidden)
@@ -87,11 +106,36 @@ def cross_entropy(
     chunk: int = CHUNK,  # positions whose logits exist at a time
 ) -> float:
     "Mean next-token cross-entropy in nats."
-    states, targets, sums = hidden[:, :-1].flatten(0, 1), blocks[:, 1:].flatten().to(hidden.device), []
-    for part, wanted in zip(states.split(chunk), targets.split(chunk)):
-        for z, index in _portions(head(part), wanted):
-            sums.append(F.cross_entropy(z.float(), index, reduction="sum"))
-    return torch.stack(sums).cpu().double().sum().item() / len(targets)
+    return cross_entropies(head, hidden, blocks, chunk)[0]
+
+# %% ../nbs/11_losses.ipynb #9be56739
+def head_and_states(model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    "A head, and a function from tokens to what it reads; logits themselves where only the model knows them."
+    if head_is_linear(model):
+        return model.get_output_embeddings(), lambda batch: final_hidden(model, batch)
+    return nn.Identity(), lambda batch: model(input_ids=batch.to(model.device), use_cache=False).logits
+
+# %% ../nbs/11_losses.ipynb #9f93303d
+@torch.no_grad()
+def summed_losses(
+    model: nn.Module,  # a causal LM
+    batches: Iterable[torch.Tensor],  # token ids, each (blocks, seq)
+) -> tuple[float, list[float]]:
+    "Cross-entropy summed over all predicted tokens, and the mean of each block, in nats."
+    (head, states), total, each = head_and_states(model), 0, []
+    for batch in batches:
+        mean, of_blocks = cross_entropies(head, states(batch), batch)
+        total, each = total + mean * (batch.numel() - len(batch)), each + of_blocks.tolist()
+    return total, each
+
+
+def block_losses(
+    model: nn.Module,  # a causal LM
+    blocks: torch.Tensor,  # (blocks, seq) token ids
+    batch_size: int = 8,  # blocks per forward pass
+) -> list[float]:
+    "Mean next-token cross-entropy of each block, in nats."
+    return summed_losses(model, blocks.long().split(batch_size))[1]
 
 # %% ../nbs/11_losses.ipynb #ba90e875
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

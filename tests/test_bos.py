@@ -204,4 +204,4 @@ def test_the_command_evaluates_behind_bos(text, tmp_path, capsys):
     row = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     pool = load_pools(text, tokenizer, SEQ, {"heldout": 160})["heldout"]
     assert row["heldout"]["nats"] == pytest.approx(evaluate(model, pool, tokenizer).nats) and row["heldout"]["begin"] == row["conditions"]["begin"] == [BOS]
-    assert "150 (behind BOS)" in capsys.readouterr().out
+    assert "150 of " + text.name + " (behind BOS)" in capsys.readouterr().out

@@ -26,6 +26,9 @@ def test_nats_are_transformers_loss(family, tokenizer):
     found = evaluate(model, TokenPool("heldout", blocks.int()), tokenizer, batch_size=2)
     assert found.nats == pytest.approx(loss, rel=1e-5) and found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert found.n_tokens == 5 * 19 and found.n_params == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        each = [model(block[None], labels=block[None]).loss.item() for block in blocks]
+    assert found.stderr == pytest.approx(numpy.std(each, ddof=1) / math.sqrt(5), rel=1e-4) and found.perplexity_stderr == found.perplexity * found.stderr
 
 
 def test_bits_per_byte_by_hand(tiny, tokenizer):

@@ -6,7 +6,7 @@ import torch
 from helpers import random_blocks, small_model
 from torch import nn
 
-from evoprune_nb.losses import cross_entropy, kl_divergence, perplexity
+from evoprune_nb.losses import block_losses, cross_entropy, kl_divergence, perplexity
 
 
 def direct_kl(logits: torch.Tensor, student_logits: torch.Tensor) -> float:
@@ -50,3 +50,13 @@ def test_perplexity_keeps_what_is_not_finite():
     "A diverged candidate must not come out with a large but finite perplexity."
     assert math.isnan(perplexity(math.nan)) and math.isinf(perplexity(math.inf)) and math.isinf(perplexity(1e4))
     assert perplexity(0.0) == 1.0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_the_loss_of_each_block_is_transformers_loss(family):
+    "Also where a block ends inside a chunk, and where logits are more than the head's output; the batch size changes rounding only."
+    model, blocks = small_model(family), random_blocks(5, 90)
+    with torch.no_grad():
+        expected = [model(block[None], labels=block[None]).loss.item() for block in blocks]
+    for batch_size in (2, 8):
+        assert block_losses(model, blocks.int(), batch_size) == pytest.approx(expected, rel=1e-5)
