@@ -123,10 +123,9 @@ def _unprunable(model: nn.Module, units: Sequence[Unit]) -> list[tuple[int, str,
     "Layer, name and module of the sublayers with matrices in them that are no units."
     known = {unit.module for unit in units}
     path, layers = decoder_layers(model)
-    return [
-        (index, name, module)
-        for index, layer in enumerate(layers) for name, module in layer.named_children()
-        if f"{path}.{index}.{name}" not in known and any(p.ndim > 1 for p in module.parameters())]
+    return [(index, name, module) for index, layer in enumerate(layers)
+            for name, module in layer.named_children() if f"{path}.{index}.{name}" not in known
+            and any(p.ndim > 1 for p in module.parameters())]
 
 
 def _is_countable(name: str, module: nn.Module) -> bool:

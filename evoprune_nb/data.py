@@ -70,9 +70,8 @@ def _hub_rows(source: str, split: str) -> Iterable[dict]:
     try:
         return load_dataset(name, configuration or None, split=split, streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"text source {source!r} is neither embedded ({', '.join(EMBEDDED_TEXT)}), nor a local file, "
-            f"nor a dataset that could be reached: {error}") from error
+        raise ValueError(f"text source {source!r} is neither embedded ({', '.join(EMBEDDED_TEXT)}), nor a "
+                         f"local file, nor a dataset that could be reached: {error}") from error
 
 # %% ../nbs/01_data.ipynb #f3b8c6b9
 def _naming_errors(rows: Iterable[dict], source: str | Path) -> Iterator[dict]:

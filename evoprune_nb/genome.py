@@ -100,13 +100,11 @@ def _check_levels(unit: Unit, levels: Sequence[int], step: int, heads: str) -> N
     rises = levels[0] == 0 and sorted(set(levels)) == list(levels)
     if not rises or levels[-1] > unit.n_structures or any(k % step for k in levels):
         steps = f", and go in steps of {step} heads (heads={heads!r})" if step > 1 else ""
-        raise ValueError(
-            f"grid {levels} does not fit {unit.name}: it must start at 0, "
-            f"rise to at most {unit.n_structures} structures{steps}")
+        raise ValueError(f"grid {levels} does not fit {unit.name}: it must start at 0, rise to at most "
+                         f"{unit.n_structures} structures{steps}")
     if len(levels) > MAX_LEVELS:
-        raise ValueError(
-            f"{unit.name} would have {len(levels)} levels, dense included; "
-            f"a genome's code has a digit for at most {MAX_LEVELS}")
+        raise ValueError(f"{unit.name} would have {len(levels)} levels, dense included; a genome's code has "
+                         f"a digit for at most {MAX_LEVELS}")
 
 # %% ../nbs/03_genome.ipynb #34b076d6
 def level_grid(
@@ -157,9 +155,8 @@ class Grid:
         "The genome itself, or a `ValueError` that says why it does not fit."
         mine, theirs = (self.n_attn, len(self.units) - self.n_attn), (len(genome.attn), len(genome.mlp))
         if mine != theirs:
-            raise ValueError(
-                f"genome has {theirs[0]} attention and {theirs[1]} MLP levels, "
-                f"but the model has {mine[0]} and {mine[1]} such units")
+            raise ValueError(f"genome has {theirs[0]} attention and {theirs[1]} MLP levels, but the model "
+                             f"has {mine[0]} and {mine[1]} such units")
         for unit, removed, level in zip(self.units, self.removed, genome.levels):
             if level >= len(removed):
                 raise ValueError(
@@ -290,10 +287,8 @@ def make_space(
     if kv_kept is None:
         kv_kept = [
             [-(-unit.n_kv_heads * k // unit.n_structures) for k in row] for unit, row in zip(units, kept)]
-    table = [
-        [unit_costs(model, unit, k, kv, context_tokens) for k, kv in zip(*rows)]
-        for unit, *rows in zip(units, kept, kv_kept)]
+    table = [[unit_costs(model, unit, k, kv, context_tokens) for k, kv in zip(*rows)]
+             for unit, *rows in zip(units, kept, kv_kept)]
     fixed = fixed_costs(model, units, context_tokens)
     costs = {measure: tuple(tuple(costs[measure] for costs in row) for row in table) for measure in fixed}
-    return Space(
-        tuple(units), _tuples(removed), costs, fixed, fingerprint, _tuples(kv_kept), context_tokens)
+    return Space(tuple(units), _tuples(removed), costs, fixed, fingerprint, _tuples(kv_kept), context_tokens)

@@ -221,9 +221,8 @@ def survivor_frame(
     return pd.DataFrame(rows, columns=SURVIVOR_COLUMNS).astype({"fitness": float, "heldout_loss": float})
 
 # %% ../nbs/21_history.ipynb #2fa9e499
-GENERATION_COLUMNS = [
-    "branch", "generation", "status", "parent", "offspring", "injected", "retarget", "genome", "rules",
-    "begun", "ended"]
+GENERATION_COLUMNS = ["branch", "generation", "status", "parent", "offspring", "injected", "retarget",
+                      "genome", "rules", "begun", "ended"]
 
 
 def generation_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
@@ -242,9 +241,8 @@ COMMAND_COLUMNS = ["n", "branch", "generation", "name", "text", "command", "refu
 def command_frame(events: Sequence[dict]) -> pd.DataFrame:
     "One row per command."
     defaults = {"branch": 0, "refused": None}
-    rows = [
-        defaults | row | {"name": row["command"]["command"], "text": describe(row["command"])}
-        for row in events if row["event"] == "command"]
+    rows = [defaults | row | {"name": row["command"]["command"], "text": describe(row["command"])}
+            for row in events if row["event"] == "command"]
     return pd.DataFrame(rows, columns=COMMAND_COLUMNS)
 
 # %% ../nbs/21_history.ipynb #8b6b58a8

@@ -155,9 +155,8 @@ def check_conditions(
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
         values = ", ".join(f"{name} ({found.get(name)!r} there, {wanted[name]!r} here)" for name in differing)
-        raise ValueError(
-            f"{path} was measured under other conditions: {values}. "
-            "Choose another name for a new table, or delete the file")
+        raise ValueError(f"{path} was measured under other conditions: {values}. Choose another name for a "
+                         "new table, or delete the file")
 
 # %% ../nbs/10_latency_table.ipynb #63c9a85c
 def open_unit_latency(
@@ -177,9 +176,8 @@ def open_unit_latency(
     shapes = unit_shapes(model, database)
     needed = {"fixed", *(shape for levels in shapes for shape in levels)} - {""}
     if missing := needed - set(row["seconds"]):
-        raise ValueError(
-            f"{path} is unfinished: {len(missing)} of {len(needed)} shapes are missing; "
-            "call measure_unit_latency again to continue")
+        raise ValueError(f"{path} is unfinished: {len(missing)} of {len(needed)} shapes are missing; call "
+                         "measure_unit_latency again to continue")
     return UnitLatency(row["conditions"], shapes, row["seconds"])
 
 # %% ../nbs/10_latency_table.ipynb #3f07dc09

@@ -165,9 +165,8 @@ def renumber_cache(layers: nn.ModuleList, layer_types: list[str] | None = None) 
         for index, entry in zip([i for i in remaining if kinds[i] == kind], entries):
             layers[index].self_attn.layer_idx = entry
     if remaining and kinds[0] not in {kinds[i] for i in remaining}:
-        raise ValueError(
-            f"every {kinds[0]!r} block of this model is removed while others remain; "
-            "keep at least one, or generation cannot count tokens")
+        raise ValueError(f"every {kinds[0]!r} block of this model is removed while others remain; keep at "
+                         "least one, or generation cannot count tokens")
 
 # %% ../nbs/08_modeling.ipynb #e86cc290
 def fit_layers(layers: nn.ModuleList, config) -> None:

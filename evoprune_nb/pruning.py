@@ -95,9 +95,8 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     wide = torch.float64 if hessian.device.type != "mps" else torch.float32  # Apple GPUs have no float64
     weight, hessian = weight.detach().to(wide, copy=True), hessian.to(wide, copy=True)
     if not torch.isfinite(hessian.sum()):  # in float64, a sum of finite float32 numbers is finite
-        raise ValueError(
-            "the Hessian has non-finite entries: the dense model overflows on the calibration text; "
-            "try dtype float32 or bfloat16")
+        raise ValueError("the Hessian has non-finite entries: the dense model overflows on the calibration "
+                         "text; try dtype float32 or bfloat16")
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.mean()

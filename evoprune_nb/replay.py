@@ -49,10 +49,8 @@ def step_to(search: Search, n_events: int, bar: tqdm) -> None:
         except AllDisqualified:  # the recorded run went on from there
             pass
     if search.n_events != n_events:
-        raise RunDiverged(
-            f"{search.run_dir}: a command came after {n_events} events, "
-            f"but the replay is at {search.n_events}; "
-            "replay with the revision in the run's config.json")
+        raise RunDiverged(f"{search.run_dir}: a command came after {n_events} events, but the replay is at "
+                          f"{search.n_events}; replay with the revision in the run's config.json")
 
 # %% ../nbs/22_replay.ipynb #d34ab9c2
 def follow(

@@ -26,9 +26,8 @@ def _check_limits(limits: dict[str, float]) -> None:
         if measure not in MEASURES:
             raise ValueError(f"limit on {measure!r} is unknown; there are {', '.join(MEASURES)}")
         if not _is_number(share) or not 0 < share <= 1:
-            raise ValueError(
-                f"limit on {measure} must be a share of the dense model's cost, above 0 and at most 1; "
-                f"got {share!r}")
+            raise ValueError(f"limit on {measure} must be a share of the dense model's cost, above 0 and at "
+                             f"most 1; got {share!r}")
 
 # %% ../nbs/04_target.ipynb #aa3b9179
 CAPS = {  # name → (kind of unit, whether it is the largest or the smallest number of structures kept)
@@ -152,9 +151,8 @@ def _even(space: Space, allowed: Sequence[Sequence[int]], shares: dict[str, floa
 # %% ../nbs/04_target.ipynb #76af1b41
 def _reachable(space: Space, allowed: Sequence[Sequence[int]], kind: str) -> tuple[float, float]:
     "Smallest and largest share of structures that every unit of a kind can give up at the levels allowed."
-    shares = [
-        [removed[level] / unit.n_structures for level in levels]
-        for unit, removed, levels in zip(space.units, space.removed, allowed) if unit.kind == kind]
+    shares = [[removed[level] / unit.n_structures for level in levels]
+              for unit, removed, levels in zip(space.units, space.removed, allowed) if unit.kind == kind]
     return max(map(min, shares), default=0.0), min(map(max, shares), default=1.0)
 
 # %% ../nbs/04_target.ipynb #05218082

@@ -107,9 +107,8 @@ class Tuner:
         if not len(blocks):
             return
         tuned.optimizer = tuned.optimizer or MasterOptimizer(tuned.model, self.training)
-        result = train(
-            tuned.model, blocks, self.training, optimizer=tuned.optimizer, done=tuned.steps, n_steps=n_steps,
-            check_cancelled=check_cancelled)
+        result = train(tuned.model, blocks, self.training, optimizer=tuned.optimizer, done=tuned.steps,
+                       n_steps=n_steps, check_cancelled=check_cancelled)
         tuned.steps, tuned.tokens = tuned.steps + len(result.losses), tuned.tokens + result.tokens
         tuned.loss, tuned.finite = result.losses[-1], result.finite
 

@@ -109,11 +109,10 @@ def write_task(
     _check_questions(rows_file)
     metrics = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
-    task = {
-        "task": name, "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows_file.resolve())}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": prompt, "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}", "metric_list": metrics, "metadata": {"version": 1.0}}
+    task = {"task": name, "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(rows_file.resolve())}}, "test_split": "test",
+            "output_type": "multiple_choice", "doc_to_text": prompt, "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}", "metric_list": metrics, "metadata": {"version": 1.0}}
     path = Path(directory) / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(task, sort_keys=False))
@@ -148,10 +147,8 @@ class TaskScore:
 
 def _score(name: str, row: dict, results: dict) -> TaskScore:
     "One row of the harness's results; its keys are `acc,none`, `acc_stderr,none` (no filter)."
-    values = {
-        key.removesuffix(",none"): value
-        for key, value in row.items()
-        if "," in key and isinstance(value, (int, float))}
+    values = {key.removesuffix(",none"): value for key, value in row.items() if "," in key
+              and isinstance(value, (int, float))}
     stderr = {key.replace("_stderr", ""): value for key, value in values.items() if "_stderr" in key}
     metrics = {key: value for key, value in values.items() if "_stderr" not in key}
     return TaskScore(
@@ -273,27 +270,24 @@ def _heldout_rows(found: HeldOut, dtype: str, text: str) -> list[tuple[str, str]
     begin = "behind BOS" if found.begin else "no BOS: the tokenizer adds none"
     spread = "" if found.stderr is None else f" ± {found.perplexity_stderr:,.3f}"
     n_blocks = f"standard error over {len(found.block_nats):,} blocks; " if spread else ""
-    return [
-        ("held-out perplexity", f"{found.perplexity:,.3f}{spread} ({n_blocks}computed in {dtype})"),
-        ("held-out bits per byte", f"{found.bits_per_byte:.4f}"),
-        ("held-out tokens", f"{found.n_tokens:,}{f' of {text}' if text else ''} ({begin})")]
+    return [("held-out perplexity", f"{found.perplexity:,.3f}{spread} ({n_blocks}computed in {dtype})"),
+            ("held-out bits per byte", f"{found.bits_per_byte:.4f}"),
+            ("held-out tokens", f"{found.n_tokens:,}{f' of {text}' if text else ''} ({begin})")]
 
 
 def _task_rows(name: str, score: TaskScore) -> list[tuple[str, str]]:
     "Scores of a task in words."
     spread = {metric: f" ± {value:.4f}" for metric, value in score.stderr.items()}
     n = f" ({score.n:,} questions)" if score.n else ""
-    return [
-        (f"{name} {metric}", f"{value:.4f}{spread.get(metric, '')}{n}")
-        for metric, value in score.metrics.items()]
+    return [(f"{name} {metric}", f"{value:.4f}{spread.get(metric, '')}{n}")
+            for metric, value in score.metrics.items()]
 
 
 def _latency_rows(latency: Latency) -> list[tuple[str, str]]:
     "Times in words."
     timed = {"prefill": latency.prefill_tokens_per_second, "decode": latency.decode_tokens_per_second}
-    return [
-        (f"{phase}, median (quartiles)", f"{getattr(latency, phase)}, {rate:,.0f} tokens/s")
-        for phase, rate in timed.items()]
+    return [(f"{phase}, median (quartiles)", f"{getattr(latency, phase)}, {rate:,.0f} tokens/s")
+            for phase, rate in timed.items()]
 
 # %% ../../nbs/judge/02_evaluation.ipynb #ac69e0b1
 @dataclass(frozen=True)
@@ -333,10 +327,8 @@ class EvaluationReport:
                 ("key/value cache", f"{self.kv_bytes_per_token:,} bytes per token")]
         if self.memory:
             rows.append(("peak main memory", f"{self.memory.host / 2**20:,.0f} MiB"))
-            rows += (
-                [("peak device memory", f"{self.memory.device / 2**20:,.0f} MiB")]
-                if self.memory.device
-                else [])
+            rows += ([("peak device memory", f"{self.memory.device / 2**20:,.0f} MiB")] if self.memory.device
+                     else [])
         return [{"measure": name, "value": value} for name, value in rows]
 
 # %% ../../nbs/judge/02_evaluation.ipynb #271718da
@@ -351,10 +343,6 @@ def evaluation_report(
     if measured.get("tasks"):
         origin["packages"]["lm_eval"] = metadata.version("lm_eval")
     origin["time"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return EvaluationReport(
-        name,
-        sum(p.numel() for p in model.parameters()),
-        str(model.dtype).removeprefix("torch."),
-        conditions=conditions or {},
-        provenance=origin,
-        **measured)
+    return EvaluationReport(name, sum(p.numel() for p in model.parameters()),
+                            str(model.dtype).removeprefix("torch."), conditions=conditions or {},
+                            provenance=origin, **measured)

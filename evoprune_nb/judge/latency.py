@@ -146,9 +146,8 @@ class Latency:
         row = asdict(self)
         for phase in ("prefill", "decode"):
             timing, rate = getattr(self, phase), f"{phase}_tokens_per_second"
-            row |= {
-                f"{phase}_median": timing.median, f"{phase}_quartiles": timing.quartiles,
-                rate: getattr(self, rate)}
+            row |= {f"{phase}_median": timing.median, f"{phase}_quartiles": timing.quartiles,
+                    rate: getattr(self, rate)}
         return row
 
 # %% ../../nbs/judge/00_latency.ipynb #91c5aee5
@@ -222,9 +221,8 @@ def compare_latency(
         model.train(was_training[name])
     shared = (batch_size, prompt_tokens, new_tokens, device)
     times = {name: [Timing(column) for column in zip(*row)] for name, row in rows.items()}
-    return {
-        name: Latency(*both, *shared, _named(models[name].dtype), torch.get_num_threads())
-        for name, both in times.items()}
+    return {name: Latency(*both, *shared, _named(models[name].dtype), torch.get_num_threads())
+            for name, both in times.items()}
 
 
 def measure_latency(
@@ -252,9 +250,8 @@ def kv_cache_bytes(
     "Bytes of the key/value cache after `context_tokens` tokens, read off the model's own cache object."
     _check_counts(context_tokens=(context_tokens, 1), batch_size=(batch_size, 1))
     out = model(input_ids=_prompt(model, batch_size, context_tokens), use_cache=True, logits_to_keep=1)
-    layers = [
-        layer for layer in getattr(out, _cache_name(model)).layers if getattr(layer, "keys", None) is not None
-    ]
+    layers = [layer for layer in getattr(out, _cache_name(model)).layers
+              if getattr(layer, "keys", None) is not None]
     return sum(
         tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
 

@@ -63,9 +63,8 @@ def _actions(layers: list[nn.Module], calls: dict, config) -> dict[str, list[Cal
 
     attention = layers[0].self_attn
     if attention is None:
-        return {
-            phase: [partial(layer, *args, **kwargs) for layer in layers]
-            for phase, (args, kwargs) in calls.items()}
+        return {phase: [partial(layer, *args, **kwargs) for layer in layers]
+                for phase, (args, kwargs) in calls.items()}
     (args, kwargs), entry = calls["prefill"], attention.layer_idx
     name = next(name for name, value in kwargs.items() if isinstance(value, Cache))
     empty = DynamicCache(config=config)
@@ -102,9 +101,8 @@ def _timed(actions: dict[str, list[Callable]], device: torch.device, warmup: int
     "Per name: median and quartiles of the seconds of one call."
     repeated = {name: _repeated(calls, device) for name, calls in actions.items()}
     timings = time_each({name: action for name, (action, _) in repeated.items()}, device, warmup, repeats)
-    return {
-        name: [seconds / repeated[name][1] for seconds in (timing.median, *timing.quartiles)]
-        for name, timing in timings.items()}
+    return {name: [seconds / repeated[name][1] for seconds in (timing.median, *timing.quartiles)]
+            for name, timing in timings.items()}
 
 # %% ../../nbs/judge/01_unit_latency.ipynb #98f1f129
 def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
@@ -119,9 +117,8 @@ def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
 def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, list[Callable]]:
     "Per phase: a call of the model without its layers."
     prompt = _prompt(bare, batch_size, prompt_tokens)
-    return {
-        phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)]
-        for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
+    return {phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)]
+            for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
 
 # %% ../../nbs/judge/01_unit_latency.ipynb #064c978c
 def measure_unit_latency(
@@ -141,8 +138,7 @@ def measure_unit_latency(
                   warmup=(warmup, 0), repeats=(repeats, 1))
     if limit and prompt_tokens >= limit:
         raise ValueError(
-            f"the model reads at most {limit:,} tokens; a prompt of {prompt_tokens:,} leaves no room for one"
-        )
+            f"the model reads at most {limit:,} tokens; a prompt of {prompt_tokens:,} leaves no room for one")
     path = database.directory / f"{name}.json"
     conditions = latency_conditions(model, database) | {
         "batch_size": batch_size, "prompt_tokens": prompt_tokens}

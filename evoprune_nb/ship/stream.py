@@ -167,7 +167,6 @@ def require_text(stream: TokenStream) -> None:
     found = sum(1 for _ in zip(range(stream.n_blocks), stream.packed((0, 0, 0))))
     if found < stream.n_blocks:
         seq_len, epochs = stream.settings.seq_len, stream.settings.epochs
-        raise ValueError(
-            f"asked for {stream.n_blocks * seq_len:,} tokens, but the tuning split of {stream.source} has "
-            f"{found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); "
-            "allow more epochs or lower n_tokens")
+        raise ValueError(f"asked for {stream.n_blocks * seq_len:,} tokens, but the tuning split of "
+                         f"{stream.source} has {found * seq_len:,} in {epochs} epochs (blocks of {seq_len}); "
+                         "allow more epochs or lower n_tokens")

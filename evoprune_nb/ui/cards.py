@@ -42,9 +42,8 @@ def card(
 ) -> widgets.Box:
     "A framed part of the panel."
     heading = html(f"<h3>{escape(title)}{f'<small>{escape(hint)}</small>' if hint else ''}</h3>")
-    layout = widgets.Layout(
-        flex=flex, flex_flow="column", min_width="min(330px, 100%)", padding="12px 16px", grid_gap="8px",
-        overflow="hidden")
+    layout = widgets.Layout(flex=flex, flex_flow="column", min_width="min(330px, 100%)", padding="12px 16px",
+                            grid_gap="8px", overflow="hidden")
     box = widgets.Box([heading, *children], layout=layout)
     box.add_class("evo-card")
     return box
@@ -85,9 +84,8 @@ class RunCard:
         self.stop = self._command("stop", "End the work after the evaluation under way; Start goes on")
         self.step = button(
             "Step: evaluation", "Do one evaluation, then pause", lambda: step("evaluation"), "step-forward")
-        self.step_generation = button(
-            "Step: generation", "Finish one generation, then pause", lambda: step("generation"),
-            "fast-forward")
+        self.step_generation = button("Step: generation", "Finish one generation, then pause",
+                                      lambda: step("generation"), "fast-forward")
         self.bar_run, self.bar_generation = _bar(), _bar()
         self.text_run, self.text_generation = html(width="205px"), html(width="205px")
         self.note = _text_field(

@@ -304,10 +304,9 @@ def _plan(options: argparse.Namespace) -> None:
     tokens, batch = options.post_tokens, options.post_batch
     post = PostTraining(tokens, options.seq_len, batch) if tokens else None
     device = this_device(options.dtype or "bfloat16", options.device) if options.device else None
-    planned = plan(
-        options.model, search_config(options.p), options.calibration_tokens, options.seq_len, options.dtype,
-        options.heads, memory_bytes=_bytes(options.memory_gb), offload_bytes=_bytes(options.offload_gb),
-        post_training=post, device=device)
+    planned = plan(options.model, search_config(options.p), options.calibration_tokens, options.seq_len,
+                   options.dtype, options.heads, memory_bytes=_bytes(options.memory_gb),
+                   offload_bytes=_bytes(options.offload_gb), post_training=post, device=device)
     print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; "
           f"{planned.groups} group(s) of Hessians, {planned.passes} pass(es) over the calibration text\n\n"
           + planned.table().rename_axis(None, axis="columns").to_string())

@@ -96,9 +96,8 @@ def make_grid(
     axes = [_axis("attention<br>heads", 1, 2), _axis("MLP<br>channels", 1, 3)]
     axes += [_axis(str(layer), layer + 2, 1) for layer in range(n)]
     cells = [_cell(unit, n > 16, lambda index=index: select(index)) for index, unit in enumerate(space.units)]
-    layout = widgets.Layout(
-        grid_template_columns=f"62px repeat({n}, minmax(30px, 1fr))", grid_gap="4px", width="100%",
-        overflow="auto", padding="3px")
+    layout = widgets.Layout(grid_template_columns=f"62px repeat({n}, minmax(30px, 1fr))", grid_gap="4px",
+                            width="100%", overflow="auto", padding="3px")
     return widgets.GridBox(axes + cells, layout=layout), cells
 
 # %% ../../nbs/ui/02_controls.ipynb #aea80a49

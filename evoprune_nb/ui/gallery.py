@@ -107,10 +107,9 @@ def picture_parts(
     return {
         "fitness": ((*moment.key, fitness_view), lambda: picture(
             fitness_figure(view, fitness_view, "page"), "fitness of all candidates by generation")),
-        "stages": (moment.key, lambda: picture(
-            stages_figure(view, generation, "page", branch),
-            f"ranks of the candidates of generation {generation + 1}, stage by stage: "
-            f"{len(view.evaluations)} evaluations in all")),
+        "stages": (moment.key, lambda: picture(stages_figure(view, generation, "page", branch), "ranks of "
+                                               f"the candidates of generation {generation + 1}, stage by "
+                                               f"stage: {len(view.evaluations)} evaluations in all")),
         "genome": ((code, parent), lambda: picture(
             genome_figure(
                 Genome.parse(code), view.space, moment.name(code), Genome.parse(parent), "parent", "page"),

@@ -311,18 +311,16 @@ class Workbench:
         self.run_dir, self.history = Path(run_dir), None
         self.shown, self.last_status = "", ""  # code of the candidate that is shown; of the last refresh
         self.moments, self.gallery, self.head, self._lock = Moments(), Gallery(), html(), threading.RLock()
-        self.run = RunCard(
-            self.send, lambda: start(self),
-            lambda what: send_or_drive(self, {"command": "step", "what": what}))
+        self.run = RunCard(self.send, lambda: start(self),
+                           lambda what: send_or_drive(self, {"command": "step", "what": what}))
         self.driver = Driver(self.run_dir, make, why_not, self.run.tell, self.urge)
         self.mailbox = Mailbox(self.driver)
         self.moment = MomentCard(lambda generation: branch(self, generation), self.urge)
         self.candidate = CandidateCard(lambda: copy_to_draft(self), lambda: ask(self), self.urge)
         self.steering = Steering(self.send, lambda draft, kept: fit_draft(self, draft, kept))
         self.fitness_view = fitness_switch(self.urge)
-        self.genome_card = card(
-            "Genome", row(hinted(self.candidate.choice), self.candidate.edit), self.gallery.views["genome"],
-            flex=HALF, hint="a candidate below its parent")
+        self.genome_card = card("Genome", row(hinted(self.candidate.choice), self.candidate.edit),
+                                self.gallery.views["genome"], flex=HALF, hint="a candidate below its parent")
         self.widget = make_page(self)
         self.watch = Watch(self.widget, self.refresh, self._not_redrawn)
         self.refresh()
