@@ -208,7 +208,8 @@ def evaluation_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
 
 # %% ../nbs/21_history.ipynb #87f54617
 SURVIVOR_COLUMNS = [
-    "branch", "generation", "genome", "fitness", "n_params", "heldout_loss", "time", "on_line"]
+    "branch", "generation", "genome", "fitness", "n_params", "heldout_loss", "heldout_stderr", "time",
+    "on_line"]
 
 
 def survivor_frame(
@@ -218,7 +219,8 @@ def survivor_frame(
     "One row per finished generation."
     finished = [attempt for attempt in attempts if attempt.status == "finished"]
     rows = [a.end | {"branch": a.branch, "on_line": (a.branch, a.generation) in line} for a in finished]
-    return pd.DataFrame(rows, columns=SURVIVOR_COLUMNS).astype({"fitness": float, "heldout_loss": float})
+    return pd.DataFrame(rows, columns=SURVIVOR_COLUMNS).astype(
+        dict.fromkeys(("fitness", "heldout_loss", "heldout_stderr"), float))
 
 # %% ../nbs/21_history.ipynb #2fa9e499
 GENERATION_COLUMNS = ["branch", "generation", "status", "parent", "offspring", "injected", "retarget",
@@ -334,7 +336,8 @@ class History(RunCosts):
 
     @property
     def survivors(self) -> pd.DataFrame:
-        """One row per finished generation: branch, generation, genome, fitness, n_params, heldout_loss, time,
+        """One row per finished generation: branch, generation, genome, fitness, n_params, heldout_loss and
+        heldout_stderr (nats per token, standard error over blocks; missing if not tracked), time,
         and whether it is on the line to the present."""
         return self._frame("survivors", lambda: survivor_frame(self.attempts, self.line))
 

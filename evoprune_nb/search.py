@@ -33,7 +33,7 @@ from .database import LevelDatabase
 from .evaluator import Evaluator
 from .genome import Genome, Space, level_grid, make_space
 from .latency_table import with_stored_latency
-from .losses import next_token_loss
+from .losses import block_losses
 from .machine.allocator import keep_freed_memory
 from .machine.device import provenance
 from .machine.lock import DirectoryBusy, DirectoryLock, contents
@@ -145,13 +145,13 @@ def propose(
     return parent, candidates, more
 
 # %% ../nbs/20_search.ipynb #a270e533
-@torch.no_grad()
-def heldout_loss(inputs: SearchInputs, genome: Genome) -> float:
-    "Loss of a genome on held-out text, as it comes from the database: nats per token."
+def heldout_loss(inputs: SearchInputs, genome: Genome) -> tuple[float, float | None]:
+    "Loss of a genome, untuned, on held-out text in nats per token, and its standard error over blocks."
     candidate = materialize(inputs.model, inputs.database, genome, trainable=False)
     blocks = inputs.pools["heldout"].draw(inputs.config.heldout_tokens, derive_seed("heldout"))
-    total = sum(next_token_loss(candidate, part, "sum").item() for part in blocks.split(8))
-    return total / (blocks.numel() - len(blocks))
+    each = torch.tensor(block_losses(candidate, blocks), dtype=torch.float64)
+    spread = each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
+    return each.mean().item(), spread
 
 # %% ../nbs/20_search.ipynb #e5d66c41
 def create_run(
@@ -515,7 +515,9 @@ def end_generation(
     def details() -> dict:
         fitness = next(e.fitness for e in reversed(scored) if e.genome == code)
         row = {"fitness": fitness, "n_params": inputs.space.n_params(genome)}
-        return row | ({"heldout_loss": heldout_loss(inputs, genome)} if inputs.config.heldout_tokens else {})
+        if inputs.config.heldout_tokens:
+            row["heldout_loss"], row["heldout_stderr"] = heldout_loss(inputs, genome)
+        return row
 
     engine.log.record("survivor", engine.log.place | {"genome": code}, details)
 
