@@ -120,12 +120,12 @@ def test_demo_report_opens_offline(demo):
 
 
 def test_demo_leaves_what_it_promises(demo):
-    "The report holds the executed notebook, the page, the results and every figure as SVG and PNG, and nothing half-done."
+    "The report holds the executed notebook, the page, the results and every figure as SVG, PDF and PNG, and nothing half-done."
     report = demo / "reports" / "demo"
     assert {path.name for path in report.iterdir()} == {"figures", "notebook.ipynb", "report.html", "results.json"}
-    assert {path.name for path in (report / "figures").iterdir()} == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
+    assert {path.name for path in (report / "figures").iterdir()} == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf", "png")}
     for path in (report / "figures").iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
+        assert path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[path.suffix])
     notebook = nbformat.read(report / "notebook.ipynb", as_version=4)
     nbformat.validate(notebook)
     outputs = json.dumps([cell.get("outputs") for cell in notebook.cells])
@@ -200,7 +200,7 @@ def test_a_failed_run_leaves_the_last_report_whole(tmp_path, capsys):
     assert "size 1" in capsys.readouterr().out
     report = tmp_path / "reports" / "it"
     before = {path: path.read_bytes() for path in report.rglob("*.*")}
-    assert len(before) == 5
+    assert len(before) == 6
     assert main([*command, "-p", "size", "2", "-p", "fail", "true"]) == 1
     error = capsys.readouterr().err
     assert "made to fail" in error and "ValueError" in error

@@ -299,15 +299,15 @@ DRAW = {
 
 
 def saved(figure, path) -> list[bytes]:
-    "The bytes of the SVG and the PNG."
+    "The bytes of SVG, PDF and PNG."
     files = save_figure(figure, path)
-    assert [file.name for file in files] == [f"{path.name}.svg", f"{path.name}.png"]
+    assert [file.name for file in files] == [f"{path.name}.svg", f"{path.name}.pdf", f"{path.name}.png"]
     return [file.read_bytes() for file in files]
 
 
 @pytest.mark.parametrize("name", DRAW)
 def test_drawn_again_it_is_the_same_file(histories, tmp_path, name):
-    "Drawing and saving again, elsewhere, gives the same SVG and PNG, byte for byte."
+    "Drawing and saving again, elsewhere, gives the same SVG, PDF and PNG, byte for byte."
     first, second = (saved(DRAW[name](histories["finished"]), tmp_path / there / name) for there in "ab")
     assert first == second
 
