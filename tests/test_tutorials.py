@@ -1,0 +1,97 @@
+"""The method in a hundred lines finds what the package finds; tutorials run, and the solutions of their exercises pass the checks."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from evoprune_nb.data import load_pools
+from evoprune_nb.search import Search, SearchConfig
+from evoprune_nb.selection import Stage
+from evoprune_nb.target import Target
+from evoprune_nb.training import Training
+
+TUTORIALS = Path(__file__).parent.parent / "nbs" / "tutorials"
+HUNDRED = TUTORIALS / "hundred_lines.ipynb"
+COURSE = sorted(TUTORIALS.glob("[1-9]_*.ipynb"))
+names = dict(ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def test_hundred_lines_are_at_most_120_and_of_their_own():
+    "Lines of code without blank ones; of the package, only the name of its directory is used."
+    code = "\n".join(cell.source for cell in code_cells(HUNDRED))
+    assert len([line for line in code.splitlines() if line.strip()]) <= 120
+    assert not re.search(r"import evoprune_nb|from evoprune_nb", code) and len(re.findall("evoprune_nb", code)) == 2  # paths of weights and text
+
+
+def test_hundred_lines_find_the_packages_winner(tiny, tokenizer, corpus, database, tmp_path):
+    "The same genome with the same fitness, from another text, seed and schedule than the notebook's own."
+    tokens = {"calibration": 2048, "tuning": 4096, "scoring": 2048, "heldout": 1024}
+    stages, training = ((2, 0, 256), (1, 256, 512)), Training(lr=1e-3, batch_size=2)
+    space = {}
+    for cell in code_cells(HUNDRED)[:-1]:  # the last one only measures the winner
+        exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space |= dict(TEXT=str(corpus), SEED=3, SEQ=64, LR=1e-3, BATCH=2, GENERATIONS=3, OFFSPRING=4, STAGES=list(stages))
+            space["SPLITS"] = {split: (end, tokens[split]) for split, (end, _) in space["SPLITS"].items()}
+    pools = load_pools(corpus, tokenizer, seq_len=64, tokens=tokens)
+    config = SearchConfig(Target(0.5), generations=3, offspring=4, stages=tuple(Stage(*stage) for stage in stages), training=training, seed=3)
+    winner = Search(tmp_path / "run", tiny, database, pools, config).run(progress=False)
+    survivors = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines() if '"survivor"' in line]
+    assert space["winner"] == winner.levels != space["uniform"]
+    assert space["fitness"] == pytest.approx(survivors[-1]["fitness"], rel=1e-3)
+
+
+def with_solutions(path: Path) -> nbformat.NotebookNode:
+    "The notebook in which every folded solution is followed by the check before it, once more; such checks are tagged."
+    notebook, check, cells = nbformat.read(path, 4), None, []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "code":
+            check = cell
+        for solution in re.findall(r"<details><summary>Solution</summary>\s*```python\n(.*?)```", cell.source, re.DOTALL) if cell.cell_type == "markdown" else ():
+            again = deepcopy(check)
+            again.metadata["tags"] = ["solved"]
+            cells += [nbformat.v4.new_code_cell(solution), again]
+    notebook.cells = cells
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def executed() -> dict:
+    "Tutorial → future of the executed notebook, two at a time."
+    def execute(path: Path) -> nbformat.NotebookNode:
+        return NotebookClient(with_solutions(path), timeout=900, kernel_name="python3", resources={"metadata": {"path": str(TUTORIALS)}}).execute()
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(execute, path) for path in [HUNDRED, *COURSE]}
+
+
+@pytest.mark.parametrize("path", [HUNDRED, *COURSE], **names)
+def test_runs_as_shown(path, executed):
+    "It runs, prints what is stored (numbers aside), and each exercise is open before its solution and right after it."
+    notebook = executed[path].result()
+    answers = ["".join(output.get("data", {}).get("text/plain", "") for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    solved = [answer for cell, answer in zip((c for c in notebook.cells if c.cell_type == "code"), answers) if "solved" in cell.metadata.get("tags", [])]
+    assert all("right" in answer for answer in solved)
+    if path in COURSE:
+        assert len(solved) == 2 and sum("not answered yet" in answer for answer in answers) == 2
+
+
+@pytest.mark.parametrize("path", COURSE, **names)
+def test_static_pages_make_sense(path):
+    "A picture is stored above each widget, which is none."
+    cells = nbformat.read(path, 4).cells
+    widgets = [i for i, cell in enumerate(cells) if cell.cell_type == "code" and ".observe(" in cell.source]
+    assert widgets and not any(cells[i].outputs for i in widgets)
+    pictured = [i for i, cell in enumerate(cells) if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
+    assert pictured and pictured[0] < widgets[0]
