@@ -129,9 +129,7 @@ def split_of(
     return split
 
 # %% ../nbs/01_data.ipynb #5171fe40
-def begin_tokens(
-    tokenizer,  # the model's own tokenizer
-) -> tuple[int, ...]:
+def begin_tokens(tokenizer) -> tuple[int, ...]:
     """Token ids that the tokenizer puts in front of every text: (BOS,), or () when it adds none.
 
     Of several (GLM 4 has two), losses leave out the first only."""
@@ -212,11 +210,8 @@ class TokenPool:
         self.require(n_tokens, epochs)
         return self.blocks[_order(len(self.blocks), n_tokens // self.seq_len, seed)].long()
 
-    def cut(
-        self,
-        seq_len: int,  # tokens per block, at most those there are
-    ) -> "TokenPool":
-        "The beginning of every block."
+    def cut(self, seq_len: int) -> "TokenPool":
+        "The first `seq_len` tokens of every block, at most those there are."
         shortest = max(2, len(self.begin) + 1)
         if not shortest <= seq_len <= self.seq_len:
             raise ValueError(f"blocks of {self.seq_len} {self.split} tokens can be cut to {shortest} or "
@@ -308,10 +303,8 @@ def load_pools(
     return pools
 
 # %% ../nbs/01_data.ipynb #c92806c9
-def derive_seed(
-    *parts: int | str,  # run seed, generation, stage, purpose …
-) -> int:
-    "A 63-bit seed from any sequence of numbers and words (SHA-256)."
+def derive_seed(*parts: int | str) -> int:
+    "A 63-bit seed from any numbers and words: run seed, generation, stage, purpose … (SHA-256)."
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/01_data.ipynb #8095128c

@@ -93,9 +93,7 @@ def with_latency(
     return replace(space, costs=space.costs | {"latency": costs}, fixed=fixed)
 
 # %% ../nbs/10_latency_table.ipynb #ebb42d78
-def device_name(
-    device: torch.device,  # where a model is
-) -> str:
+def device_name(device: torch.device) -> str:
     "What the device calls itself."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -135,10 +133,8 @@ def write_table(
     write_json(path, table | {"sha256": _digest(table)})
 
 
-def read_table(
-    path: Path,  # of a table
-) -> dict:
-    "Conditions and seconds. Raises `ValueError` for a damaged file."
+def read_table(path: Path) -> dict:
+    "Conditions and seconds of a table. Raises `ValueError` for a damaged file."
     table = read_json(path)
     digest = table.pop("sha256", None)  # version 0.1 wrote none
     if table.keys() != {"conditions", "seconds"} or digest not in (None, _digest(table)):

@@ -36,10 +36,8 @@ def head_is_linear(model: nn.Module) -> bool:
 CHUNK = 256  # positions whose logits exist at a time in scoring
 
 
-def cached_rows(
-    logits: torch.Tensor,  # (positions, vocabulary)
-) -> int:
-    "How many rows in float32 fit into a processor's cache; on other devices, all rows."
+def cached_rows(logits: torch.Tensor) -> int:
+    "How many rows of (positions, vocabulary) logits fit into a CPU's cache in float32; elsewhere, all rows."
     return max(8, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
 
 

@@ -28,9 +28,7 @@ def _listed(names: list[str]) -> str:
 
 # %% ../nbs/00_models.ipynb #ec825149
 @torch.no_grad()
-def non_finite(
-    model: nn.Module,  # any torch model
-) -> list[str]:
+def non_finite(model: nn.Module) -> list[str]:
     "Names of parameters that hold NaN or infinite values. Reads each parameter once, and copies none."
     kept = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.numel()]
     ends = [torch.stack(torch.aminmax(p if p.element_size() > 1 else p.float())) for _, p in kept]
@@ -169,9 +167,7 @@ _NORM_ORDERS = (
 )
 
 # %% ../nbs/00_models.ipynb #3a398da4
-def norm_names(
-    layer: nn.Module,  # a decoder layer, whole or already missing a sublayer
-) -> dict[str, tuple[str | None, str | None]] | None:
+def norm_names(layer: nn.Module) -> dict[str, tuple[str | None, str | None]] | None:
     "Per kind of sublayer, names of the normalisations before and after it; None for an unknown set of them."
     if hasattr(layer, "norm_names"):
         return layer.norm_names
@@ -296,9 +292,7 @@ def prunable_units(model: nn.Module) -> list[Unit]:
     return units
 
 # %% ../nbs/00_models.ipynb #58033595
-def model_fingerprint(
-    model: nn.Module,  # any torch model
-) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     "16 hex digits (SHA-256) over names, shapes, dtypes and values of all parameters."
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

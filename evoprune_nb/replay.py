@@ -23,9 +23,7 @@ from .search import AllDisqualified, Search, fingerprints
 from .selection import StageEvaluator
 
 # %% ../nbs/22_replay.ipynb #e95d6978
-def commands_of(
-    run_dir: str | Path,  # of any run
-) -> list[dict]:
+def commands_of(run_dir: str | Path) -> list[dict]:
     "The commands of a run in order, each with `after`: the number of events before it."
     events = History(run_dir).events
     placed = [(n, row) for n, row in enumerate(events) if row["event"] == "command"]

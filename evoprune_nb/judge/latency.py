@@ -51,9 +51,7 @@ class Timing:
         return f"{scale * self.median:.3g} {unit} ({scale * low:.3g}–{scale * high:.3g})"
 
 # %% ../../nbs/judge/00_latency.ipynb #239e8e29
-def synchronize(
-    device: torch.device | str,  # where the work was sent
-) -> None:
+def synchronize(device: torch.device | str) -> None:
     "Wait until the device has done all that was sent to it. The CPU has, always."
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
@@ -233,9 +231,7 @@ def measure_latency(
     return compare_latency({"": model}, **conditions)[""]
 
 # %% ../../nbs/judge/00_latency.ipynb #9f181313
-def weight_bytes(
-    model: nn.Module,  # any model
-) -> int:
+def weight_bytes(model: nn.Module) -> int:
     "Bytes of all parameters and buffers; what is shared is counted once."
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

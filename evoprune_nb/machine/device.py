@@ -87,9 +87,7 @@ def _processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' * torch.cpu._is_amx_tile_supported()}"
 
 # %% ../../nbs/machine/03_device.ipynb #5c81c83d
-def provenance(
-    device: torch.device | str = "cpu",  # where the work is done
-) -> dict:
+def provenance(device: torch.device | str = "cpu") -> dict:
     "Revision, versions and machine, as JSON."
     device = resolve_device(device)
     return {

@@ -139,9 +139,7 @@ def _fetch(file: EmbeddedFile, path: Path) -> None:
                            f"{file.sha256}; nothing was kept")
 
 # %% ../../nbs/machine/02_fetch.ipynb #d07a34ee
-def fetch_embedded(
-    file: EmbeddedFile,  # what to fetch
-) -> Path:
+def fetch_embedded(file: EmbeddedFile) -> Path:
     """The path of an embedded file in the cache, fetched there first if need be.
 
     Raises `RuntimeError` with the command to run when the index cannot be reached."""

@@ -21,10 +21,8 @@ SCRATCH = ".{name}.{writer}.tmp"  # name of the scratch file of a file
 
 
 @contextmanager
-def replace_file(
-    path: str | Path,  # the file to make or replace; a symlink is replaced, not followed
-) -> Iterator[Path]:
-    "A scratch file that replaces `path` when the block ends well, and disappears when it does not."
+def replace_file(path: str | Path) -> Iterator[Path]:
+    "A scratch file that replaces `path`, be it a symlink, when the block ends well, and else disappears."
     path = Path(path)
     scratch = path.with_name(SCRATCH.format(name=path.name, writer=f"{os.getpid()}-{threading.get_ident()}"))
     scratch.unlink(missing_ok=True)
@@ -70,10 +68,8 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/machine/00_files.ipynb #30708d40
-def check_target(
-    directory: str | Path,  # where a checkpoint is to be written
-) -> Path:
-    "The directory, or a `ValueError` when there is something in it already."
+def check_target(directory: str | Path) -> Path:
+    "The directory of a checkpoint to be written, or a `ValueError` when there is something in it already."
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another place")
@@ -81,10 +77,8 @@ def check_target(
 
 # %% ../../nbs/machine/00_files.ipynb #e5b2bc57
 @contextmanager
-def written_whole(
-    directory: str | Path,  # must not exist yet, or be empty
-) -> Iterator[Path]:
-    "A scratch directory that becomes `directory` when the block ends well, and disappears when it does not."
+def written_whole(directory: str | Path) -> Iterator[Path]:
+    "A scratch directory that becomes `directory`, new or empty, when the block ends well, else disappears."
     directory = check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))

@@ -74,10 +74,8 @@ class DirectoryLock:
         self._lock.release()
 
 # %% ../../nbs/machine/01_lock.ipynb #43b12efa
-def contents(
-    directory: str | Path,  # need not exist
-) -> list[str]:
-    "Names of what lies in a directory, sorted, without lock, note and scratch files."
+def contents(directory: str | Path) -> list[str]:
+    "Names of what lies in a directory, if it exists: sorted, without lock, note and scratch files."
     names = [path.name for path in Path(directory).iterdir()] if Path(directory).is_dir() else []
     own = ("writer.lock", "writer.json", "driver.lock")  # the last: of version 0.1
     return sorted(n for n in names if n not in own and not (n.startswith(".") and n.endswith(".tmp")))

@@ -15,17 +15,13 @@ import torch
 PART = 2**21  # numbers whose gradients in float32 stay in a CPU's cache
 
 
-def part_size(
-    device: str,  # its type, as torch calls it
-) -> int:
-    "Numbers with a float32 gradient at a time; more on devices other than CPUs, to start fewer kernels."
+def part_size(device: str) -> int:
+    "Numbers with a float32 gradient at a time on a type of device; off CPUs more, to start fewer kernels."
     return PART if device == "cpu" else 16 * PART
 
 # %% ../../nbs/machine/07_portions.ipynb #c1742475
-def works_by_element(
-    optimizer: str,  # a name in `torch.optim`
-) -> bool:
-    "Whether an optimizer treats every number of a tensor alone: what torch has a fused kernel for."
+def works_by_element(optimizer: str) -> bool:
+    "Whether a `torch.optim` optimizer treats every number alone: what torch has a fused kernel for."
     return "fused" in inspect.signature(getattr(torch.optim, optimizer)).parameters
 
 # %% ../../nbs/machine/07_portions.ipynb #087fee99

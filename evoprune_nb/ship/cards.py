@@ -40,17 +40,13 @@ class Card:
     form: str = "hf"  # of the export: "hf", "padded" or "gguf"
 
 # %% ../../nbs/ship/01_cards.ipynb #006e544c
-def as_text(
-    value: object,  # a name or a line from anywhere
-) -> str:
+def as_text(value: object) -> str:
     "Markdown that shows exactly this text, on one line."
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"[\\`*\[\]|#~!$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", escaped)
 
 # %% ../../nbs/ship/01_cards.ipynb #ee5b5ebf
-def own_files(
-    directory: str | Path,  # of a checkpoint
-) -> list[Path]:
+def own_files(directory: str | Path) -> list[Path]:
     "The files in a checkpoint's directory, without links that lead out of it."
     directory, root = Path(directory), Path(directory).resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -61,10 +57,8 @@ def own_files(
 _LICENSE_FILES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
 
 
-def license_files(
-    directory: Path,  # of a model
-) -> tuple[Path, ...]:
-    "The licence texts of a model. Warns of one that is a link out of the directory."
+def license_files(directory: Path) -> tuple[Path, ...]:
+    "The licence texts of a model's directory. Warns of one that is a link out of it."
     named = [path for path in directory.iterdir() if path.is_file() and _LICENSE_FILES.match(path.name)]
     own = set(own_files(directory))
     for path in named:
@@ -76,10 +70,8 @@ def license_files(
 _LICENSES = {"tiny": "apache-2.0", "smollm2-135m": "apache-2.0"}
 
 
-def base_license(
-    name: str,  # an embedded model, a local directory, or a hub id
-) -> tuple[str, tuple[Path, ...]]:
-    "Licence and licence files of a model; empty where its card and directory do not tell."
+def base_license(name: str) -> tuple[str, tuple[Path, ...]]:
+    "Licence and licence files of a model, embedded, local or on the hub; empty where they do not tell."
     if not name or name in EMBEDDED_MODELS:
         return _LICENSES.get(name, ""), ()
     directory = Path(name).expanduser()
@@ -97,9 +89,7 @@ def base_license(
 _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
-def hub_id(
-    name: str,  # of a base model
-) -> str | None:
+def hub_id(name: str) -> str | None:
     "The hub's id of a model, if it has one."
     name = _HUB_IDS.get(name, name)
     try:
@@ -109,9 +99,7 @@ def hub_id(
     return name if "/" in name else None
 
 
-def eval_results(
-    scores: Mapping[str, float | str],  # of a card
-) -> list[EvalResult]:
+def eval_results(scores: Mapping[str, float | str]) -> list[EvalResult]:
     "The model's own scores as model hubs read them: 'held-out perplexity' and 'TASK METRIC'."
     rows = [(*name.split(" "), value) for name, value in scores.items()
             if name.count(" ") == 1 and "," not in name and not isinstance(value, str)]
@@ -258,9 +246,7 @@ def _card_row(path: Path) -> dict:
     return row
 
 
-def read_card(
-    directory: str | Path,  # an exported checkpoint
-) -> Card:
+def read_card(directory: str | Path) -> Card:
     "The card of an export, picture and licence files included; an empty one where there is none."
     directory, files = Path(directory), {path.name: path for path in own_files(directory)}
     row = _card_row(files["card.json"]) if "card.json" in files else {}
@@ -284,10 +270,8 @@ def evaluation_scores(
     return scores
 
 
-def add_scores(
-    directory: str | Path,  # of an export, with an evaluation.json in it
-) -> None:
-    "Put what an evaluation has measured into the export's model card; the rest of the card stays as it is."
+def add_scores(directory: str | Path) -> None:
+    "Put an export's `evaluation.json` into its model card; the rest of the card stays as it is."
     path, card = Path(directory) / "README.md", read_card(directory)
     found, results = ModelCard.load(path, ignore_metadata_errors=True), eval_results(card.scores)
     is_new = lambda row: not any(row.is_equal_except_value(result) for result in results)

@@ -40,10 +40,8 @@ def seal(
 _UNHASHED = {"blocks", "window", "start"}  # a seal of version 0.1
 
 
-def damage(
-    checkpoint: Path,  # a sealed checkpoint
-) -> str:
-    "What is wrong with a checkpoint, naming the file; empty when nothing is."
+def damage(checkpoint: Path) -> str:
+    "What is wrong with a sealed checkpoint, naming the file; empty when nothing is."
     try:
         row = read_json(checkpoint / SEAL)
     except ValueError as error:
@@ -61,10 +59,8 @@ def damage(
     return ""
 
 # %% ../../nbs/ship/07_checkpoints.ipynb #2d5adb3e
-def last_checkpoint(
-    work: str | Path,  # directory of checkpoints
-) -> Path | None:
-    "The last checkpoint that is complete and undamaged; later ones are removed, damaged ones with a warning."
+def last_checkpoint(work: str | Path) -> Path | None:
+    "The last complete, undamaged checkpoint; later ones are removed, damaged ones with a warning."
     step = lambda path: int(path.name.rpartition("-")[2])
     for path in sorted(Path(work).glob("checkpoint-*"), key=step, reverse=True):
         if (path / SEAL).exists():
@@ -111,8 +107,6 @@ def claimed(
         yield
 
 # %% ../../nbs/ship/07_checkpoints.ipynb #24efa83a
-def checkpoint_bytes(
-    n_params: int,  # of the model
-) -> int:
+def checkpoint_bytes(n_params: int) -> int:
     "Disk space of the checkpoints of a training, at most, in bytes."
     return 3 * 12 * n_params

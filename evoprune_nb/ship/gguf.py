@@ -62,9 +62,7 @@ class DeciLayer:
     width: int  # MLP channels
 
 
-def deci_layers(
-    model: nn.Module,  # a candidate or a reloaded export
-) -> list[DeciLayer]:
+def deci_layers(model: nn.Module) -> list[DeciLayer]:
     "Shapes of the layers that are written, in order."
     rows = []
     for index, layer in enumerate(decoder_layers(model)[1]):
@@ -131,9 +129,7 @@ def _head_size(model: nn.Module) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def gguf_tensors(
-    model: nn.Module,  # a candidate or a reloaded export
-) -> Named:
+def gguf_tensors(model: nn.Module) -> Named:
     "Names and tensors of the file, one after another."
     size, hidden, decoder = _head_size(model), model.config.hidden_size, model.get_decoder()
     yield "token_embd.weight", decoder.embed_tokens.weight
@@ -164,10 +160,8 @@ _SPLITTERS = {  # llama.cpp's name → the steps of the tokenizer's pre-tokenize
 }
 
 # %% ../../nbs/ship/04_gguf.ipynb #4484cc92
-def splitter_name(
-    pre_tokenizer: dict | None,  # as in tokenizer.json
-) -> str:
-    "llama.cpp's name of a byte-level pre-tokenizer; `ValueError` when it has none here."
+def splitter_name(pre_tokenizer: dict | None) -> str:
+    "llama.cpp's name of a byte-level pre-tokenizer in tokenizer.json; `ValueError` when it has none here."
     steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     for name, wanted in _SPLITTERS.items():
         same = all(want.items() <= row.items() for row, want in zip(steps, wanted))
@@ -269,9 +263,7 @@ def check_gguf(
     rope_factors(model, _head_size(model))
 
 
-def context_length(
-    model: nn.Module,  # a candidate or a reloaded export
-) -> int:
+def context_length(model: nn.Module) -> int:
     "Tokens up to which the file computes what the model does: `deci` has no sliding window."
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(model)[1]]
     if stock_class(model).config_class.model_type == "mistral":

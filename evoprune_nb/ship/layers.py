@@ -26,9 +26,7 @@ def layer_config(layer: nn.Module) -> dict:
     return row
 
 
-def per_layer_config(
-    model: nn.Module,  # a candidate or a reloaded export
-) -> dict[int, dict]:
+def per_layer_config(model: nn.Module) -> dict[int, dict]:
     "Per layer, the configuration values in which it may differ from others."
     return {index: layer_config(layer) for index, layer in enumerate(decoder_layers(model)[1])}
 
@@ -40,9 +38,7 @@ _OWN_KEYS = {  # entries of an export's configuration that its stock class does 
 }
 
 
-def stock_class(
-    model: nn.Module,  # a candidate or a reloaded export
-) -> type[nn.Module]:
+def stock_class(model: nn.Module) -> type[nn.Module]:
     "The transformers class that the model's layers come from."
     return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
 

@@ -23,10 +23,8 @@ from .cards import Card, write_card
 from .layers import per_layer_config, stock_class, stock_config
 
 # %% ../../nbs/ship/03_padded.ipynb #4a78d82b
-def group_sizes(
-    attention: nn.Module,  # an attention block of a pruned model
-) -> list[int]:
-    "Query heads per key/value head."
+def group_sizes(attention: nn.Module) -> list[int]:
+    "Query heads per key/value head of an attention block."
     counts = Counter(head_map(attention))
     return [counts[head] for head in range(len(counts))]
 

@@ -49,10 +49,8 @@ def card(
     return box
 
 # %% ../../nbs/ui/04_cards.ipynb #06271d18
-def to_come(
-    words: str,  # what will be there
-) -> widgets.VBox:
-    "A box that is empty so far, and says so."
+def to_come(words: str) -> widgets.VBox:
+    "A box that is empty so far, and says what will be there."
     text = html(f'<p class="evo-quiet">To come: {words}.</p>')
     return widgets.VBox([text], layout=widgets.Layout(width="100%", overflow="visible"))
 
@@ -220,11 +218,8 @@ class CandidateCard:
         self.ask = button("Continue", tooltip, ask, "comment")
         self.answer = html()
 
-    def offer(
-        self,
-        options: Iterable[tuple[str, str]],  # label, genome code
-    ) -> None:
-        "Take over the candidates there are; the choice stays where it can."
+    def offer(self, options: Iterable[tuple[str, str]]) -> None:
+        "Take over the candidates there are: label, genome code. The choice stays where it can."
         choices = [("best so far", ""), *options]
         if [tuple(choice) for choice in self.choice.options] != choices:
             chosen = self.choice.value if self.choice.value in dict(map(reversed, choices)) else ""

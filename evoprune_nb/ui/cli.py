@@ -271,10 +271,8 @@ def _read_setting(name: str, text: str, default):
     return tuple(Stage(*row) for row in value) if name == "stages" else value
 
 # %% ../../nbs/ui/07_cli.ipynb #e19683d0
-def search_config(
-    given: list[list[str]],  # names and values, as on the command line
-) -> SearchConfig:
-    "Settings of a search. Raises `ParameterError` for a name or a value that is none."
+def search_config(given: list[list[str]]) -> SearchConfig:
+    "Settings of a search from names and values as text. Raises `ParameterError` for one that is none."
     kinds = {"search": SearchConfig, "target": Target, "training": Training}
     known = {part: {field.name: field.default for field in fields(kind)} for part, kind in kinds.items()}
     known["search"] = {name: value for name, value in known["search"].items() if name not in kinds}

@@ -406,10 +406,8 @@ class TargetFields:
         return {"target": (kind, {"params": int(value), "sparsity": value}.get(kind, 0)), "limits": limits}
 
 # %% ../../nbs/ui/02_controls.ipynb #fd07eeff
-def settings_of(
-    config: ActiveConfig,  # in force
-) -> dict[str, object]:
-    "Settings as fields show them."
+def settings_of(config: ActiveConfig) -> dict[str, object]:
+    "Settings in force as fields show them."
     size = config.target
     kind = "params" if size.params is not None else "sparsity" if size.sparsity is not None else "limits only"
     shown = {name: getattr(config, name) for name in setting_names()}

@@ -50,9 +50,7 @@ class Moment:
         return names.get(code, "Winner" if self.options else "Start")
 
 # %% ../../nbs/ui/05_gallery.ipynb #8119fb39
-def latest_moment(
-    history: History,  # of a run
-) -> Moment:
+def latest_moment(history: History) -> Moment:
     "Now: the generation of the last evaluation."
     frame = history.evaluations
     if len(frame):

@@ -169,9 +169,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 # %% ../../nbs/ui/01_panel.ipynb #9f6d6c70
-def stats_html(
-    pairs: dict[str, str],  # what → value
-) -> str:
+def stats_html(pairs: dict[str, str]) -> str:
     "Values in a grid, each above its name."
     item = lambda name, value: f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>"
     items = (item(*pair) for pair in pairs.items())
@@ -205,9 +203,7 @@ def table(
     return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/ui/01_panel.ipynb #1e570f9c
-def generation_progress(
-    history: History,  # of a run
-) -> tuple[int, int]:
+def generation_progress(history: History) -> tuple[int, int]:
     "Evaluations done in the generation under way (or the last one), and how many it has."
     frame, goes = history.evaluations, history.generations
     if goes.empty:
@@ -312,9 +308,7 @@ def continuation_html(
     return f'<div class="evo-pair">{"".join(part(*pair) for pair in texts.items())}</div>'
 
 # %% ../../nbs/ui/01_panel.ipynb #24ee570f
-def lineage_html(
-    history: History,  # of a run
-) -> str:
+def lineage_html(history: History) -> str:
     "The winners that replaced their parents, latest first, with the swaps that made them."
     path, items = lineage(history), []
     for (_, parent), (generation, genome) in zip(path, path[1:]):
@@ -327,9 +321,7 @@ def lineage_html(
     return f'<ul class="evo-list" tabindex="0" aria-label="winners and their swaps">{listed}</ul>'
 
 # %% ../../nbs/ui/01_panel.ipynb #dc8f8786
-def log_html(
-    history: History,  # of a run
-) -> str:
+def log_html(history: History) -> str:
     "All commands, latest first: when each was applied; and where a new budget changed the parent."
     items = []
     for row in history.commands.iloc[::-1].itertuples():
@@ -346,9 +338,7 @@ def log_html(
     return f'<ul class="evo-list" tabindex="0" aria-label="commands">{"".join(items)}</ul>'
 
 # %% ../../nbs/ui/01_panel.ipynb #5d52f6fd
-def budget_html(
-    history: History,  # of a run
-) -> str:
+def budget_html(history: History) -> str:
     "Tokens used and planned by purpose, and the rules that the plan follows."
     used, planned = history.tokens, history.planned_tokens
     counts = [(name, used[name], planned[name]) for name in ("tuning", "scoring")]

@@ -110,10 +110,8 @@ def _needs_latency(run_dir: Path, config: SearchConfig) -> bool:
     return not (run_dir / "config.json").exists() or "latency" in config.target.limits
 
 # %% ../../nbs/ui/03_session.ipynb #dba42103
-def database_progress(
-    directory: Path,  # of a level database, perhaps being built
-) -> tuple[int, int]:
-    "Units built, and units in all; zeros when the build has not begun."
+def database_progress(directory: Path) -> tuple[int, int]:
+    "Units built, and units in all, of a level database; zeros when its build has not begun."
     path = directory / "manifest.json"
     if not path.exists():
         return 0, 0
@@ -124,9 +122,7 @@ def database_progress(
 ACTIVE = ("running", "paused")  # states of a run that somebody drives
 
 
-def run_state(
-    run_dir: Path,  # of a run
-) -> dict:
+def run_state(run_dir: Path) -> dict:
     "What `state.json` says; empty before the first step."
     return (read_state(run_dir) or {}) if run_dir.exists() else {}
 

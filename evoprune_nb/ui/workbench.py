@@ -37,10 +37,7 @@ from .worker import Worker
 class Mailbox:
     "Sends commands to the worker, and tells what became of them."
 
-    def __init__(
-        self,
-        driver: Driver,  # who has the worker
-    ):
+    def __init__(self, driver: Driver):
         self.driver = driver
         self._queued: list[tuple[dict, int]] = []  # commands sent, and the number of commands logged before
 

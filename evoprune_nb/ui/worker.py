@@ -54,10 +54,7 @@ def drive_worker(worker: "Worker", began: threading.Event, refused: list[Excepti
 class Worker:
     "Drives a search in a thread of its own."
 
-    def __init__(
-        self,
-        search: Search,  # made, not being driven
-    ):
+    def __init__(self, search: Search):
         self.search, self.error = search, None  # the traceback of the last error
         self._thread: threading.Thread | None = None
         register(self)
