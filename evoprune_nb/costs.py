@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'CONTEXT_TOKENS', 'unit_params', 'attention_window', 'unit_flops', 'unit_kv_bytes', 'unit_costs',
-           'fixed_costs']
+           'fixed_costs', 'activation_bytes', 'forward_bytes']
 
 # %% ../nbs/02_costs.ipynb #b9c7fdf5
 from collections.abc import Iterator, Sequence
@@ -170,3 +170,35 @@ def fixed_costs(
             for measure, cost in _fixed_attention(model, layer, module, context_tokens).items():
                 fixed[measure] += cost
     return fixed
+
+# %% ../nbs/02_costs.ipynb #261d5410
+def activation_bytes(
+    unit: Unit,  # an attention block or an MLP
+    kept: int,  # heads or channels kept
+    kv_heads: int,  # key/value heads that attention reads (one per query head where heads read unevenly)
+    hidden: int,  # size of the hidden states
+    itemsize: int,  # bytes of a number in the model's dtype
+    head_norms: bool = False,  # whether queries and keys are normalised
+    per_head: float = 4,  # bytes that attention keeps of each head's softmax
+    autocast: bool = False,  # a float32 model whose products are in bfloat16
+) -> float:
+    "Bytes that autograd keeps per token of one unit and the normalisation in front of it."
+    if not kept:
+        return 0
+    size, heads = unit.structure_size, kept + kv_heads
+    if autocast:
+        norm, mlp = 8 * hidden + 4, 4 * hidden + 8 * kept
+        attention, of_norms = 6 * hidden + 2 * size * (3 * kept + 2 * kv_heads), heads * (8 * size + 4)
+    else:
+        norm, mlp = (4 + 2 * itemsize) * hidden + 4, 4 * itemsize * kept
+        attention, of_norms = 2 * itemsize * size * heads, heads * ((4 + itemsize) * size + 4)
+    return norm + (mlp if unit.kind == "mlp" else attention + of_norms * head_norms + per_head * kept)
+
+# %% ../nbs/02_costs.ipynb #db6ce43e
+def forward_bytes(
+    widest: int,  # channels of the widest MLP
+    hidden: int,  # size of the hidden states
+    itemsize: int,  # bytes of a number in the model's dtype
+) -> int:
+    "Bytes that a forward pass alone holds per token."
+    return 3 * itemsize * widest + 4 * hidden * (4 + itemsize)
