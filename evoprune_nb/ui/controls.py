@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['button', 'row', 'column', 'hinted', 'labelled', 'make_grid', 'set_class', 'show_cell', 'UnitTools', 'draft_html',
-           'GenomeEditor', 'StageTable', 'setting_fields', 'TargetFields', 'settings_of', 'setting_names',
-           'setting_commands', 'SettingsForm']
+           'DraftTools', 'GenomeEditor', 'freeze_command', 'kept_units', 'show_editor', 'StageTable', 'setting_fields',
+           'TargetFields', 'settings_of', 'setting_names', 'setting_commands', 'ApplyTools', 'SettingsForm']
 
 # %% ../../nbs/ui/02_controls.ipynb #34655afb
 import threading
@@ -193,6 +193,32 @@ def draft_html(
     changed = "1 unit differs" if n == 1 else f"{n} units differ"
     return f"<b>Draft:</b> {f'{changed} from' if n else 'the same as'} the parent; " + "; ".join(lines)
 
+# %% ../../nbs/ui/02_controls.ipynb #8c028833
+class DraftTools:
+    "What sends the draft, fits it to the budget, and discards it."
+
+    def __init__(
+        self,
+        inject: Callable[[], object],  # sends the draft
+        adjust: Callable[[], None],  # fits it to the budget
+        reset: Callable[[], None],  # makes the parent the draft
+    ):
+        self.size = widgets.HTML()
+        tooltip = "Send the draft into the next generation, as one more offspring"
+        self.inject = button("Inject", tooltip, inject, "arrow-right", "primary")
+        tooltip = "Bring the draft into the budget by the cheapest changes of units neither frozen nor edited"
+        self.adjust = button("Fit to budget", tooltip, adjust, "magic")
+        self.reset = button("Discard draft", "Begin again from the parent", reset, "undo")
+        self.widget = row(self.inject, self.adjust, self.reset)
+
+    def show(self, space: Space, draft: Genome, parent: Genome, budget: Budget, enabled: bool) -> None:
+        "Say what the draft costs; only one that fits and differs can be sent."
+        fits = budget.contains(space, draft)
+        self.size.value = draft_html(draft, parent, budget, space)
+        self.adjust.disabled = fits or not enabled
+        self.inject.disabled = not (enabled and fits and draft != parent)
+        self.reset.disabled = draft == parent
+
 # %% ../../nbs/ui/02_controls.ipynb #d6b4fe8b
 class GenomeEditor:
     "A grid of cells, layers × {attention, MLP}, and the draft that they make up."
@@ -207,33 +233,30 @@ class GenomeEditor:
     ):
         self.space, self.budget, self.send, self.fit = space, budget, send, fit
         self.parent = self.draft = parent
-        self.frozen: frozenset[str] = frozenset()
-        self.selected, self.enabled = 0, True
+        self.frozen, self.selected, self.enabled = frozenset(), 0, True
         self._lock = threading.RLock()  # clicks and the view of the run come from two threads
         grid, self.cells = make_grid(space, self.select)
-        self.tools, self.size = UnitTools(self.set_level, self._step, self._toggle_frozen), widgets.HTML()
-        self.inject = button(
-            "Inject", "Send the draft into the next generation, as one more offspring",
-            lambda: send({"command": "inject", "genome": self.draft.code}), "arrow-right", "primary")
-        discard = lambda: self.load(self.parent)
-        self.reset = button("Discard draft", "Begin again from the parent", discard, "undo")
-        tooltip = "Bring the draft into the budget by the cheapest changes of units neither frozen nor edited"
-        self.adjust = button("Fit to budget", tooltip, self._adjust, "magic")
-        self.freeze, actions = self.tools.freeze, row(self.inject, self.adjust, self.reset)
-        self.widget = column(grid, self.tools.what, self.tools.widget, self.size, actions, width="100%")
-        self.update()
+        step = lambda by: self.set_level(self.draft.levels[self.selected] + by)
+        self.tools = UnitTools(self.set_level, step, lambda: send(freeze_command(self)))
+        inject = lambda: send({"command": "inject", "genome": self.draft.code})
+        self.actions = DraftTools(inject, self._adjust, lambda: self.load(self.parent))
+        self.freeze, self.size, self.inject = self.tools.freeze, self.actions.size, self.actions.inject
+        self.adjust, self.reset = self.actions.adjust, self.actions.reset
+        parts = (grid, self.tools.what, self.tools.widget, self.size, self.actions.widget)
+        self.widget = column(*parts, width="100%")
+        show_editor(self)
 
     def select(self, index: int) -> None:
         "Choose the unit to edit."
         with self._lock:
             self.selected = index
-            self.update()
+            show_editor(self)
 
     def load(self, genome: Genome) -> None:
         "Make a genome the draft."
         with self._lock:
             self.draft = genome
-            self.update()
+            show_editor(self)
 
     def set_level(self, level: int) -> None:
         "Change the selected unit's level in the draft."
@@ -241,22 +264,12 @@ class GenomeEditor:
         levels[self.selected] = min(max(level, 0), self.space.n_levels(self.selected) - 1)
         self.load(self.draft.with_levels(levels))
 
-    def _step(self, by: int) -> None:
-        self.set_level(self.draft.levels[self.selected] + by)
-
     def _adjust(self) -> None:
         "Fit the draft to the budget, or say why it cannot be."
-        frozen = {i for i, unit in enumerate(self.space.units) if unit.name in self.frozen}
-        levels = zip(self.draft.levels, self.parent.levels)
-        edited = {i for i, (mine, theirs) in enumerate(levels) if mine != theirs}
         try:
-            self.load(self.fit(self.draft, sorted(frozen | edited)))
+            self.load(self.fit(self.draft, kept_units(self)))
         except ValueError as error:
             self.size.value = f'<b class="evo-bad">No fit:</b> {escape(str(error))}'
-
-    def _toggle_frozen(self) -> None:
-        unit = self.space.units[self.selected].name
-        self.send({"command": "thaw" if unit in self.frozen else "freeze", "units": [unit]})
 
     def follow(self, parent: Genome, budget: Budget, frozen: Iterable[str], enabled: bool) -> None:
         "Take over what is now true of the run; a draft that nobody has touched follows the parent."
@@ -266,20 +279,29 @@ class GenomeEditor:
                 if self.draft == self.parent:
                     self.draft = parent
                 self.parent, self.budget, self.frozen, self.enabled = now
-                self.update()
+                show_editor(self)
 
-    def update(self) -> None:
-        "Show the draft; only widgets whose content changes send anything."
-        space, draft, chosen = self.space, self.draft, self.selected
-        is_frozen = [unit.name in self.frozen for unit in space.units]
-        for i, cell in enumerate(self.cells):
-            show_cell(cell, space, i, draft.levels[i], self.parent.levels[i], is_frozen[i], i == chosen)
-        self.tools.show(space, chosen, draft.levels[chosen], is_frozen[chosen], self.enabled)
-        fits = self.budget.contains(space, draft)
-        self.size.value = draft_html(draft, self.parent, self.budget, space)
-        self.adjust.disabled = fits or not self.enabled
-        self.inject.disabled = not (self.enabled and fits and draft != self.parent)
-        self.reset.disabled = draft == self.parent
+# %% ../../nbs/ui/02_controls.ipynb #7f8030e4
+def freeze_command(editor: GenomeEditor) -> dict:
+    "The command that freezes the selected unit, or thaws it."
+    unit = editor.space.units[editor.selected].name
+    return {"command": "thaw" if unit in editor.frozen else "freeze", "units": [unit]}
+
+
+def kept_units(editor: GenomeEditor) -> list[int]:
+    "Indices of the units that are frozen or edited."
+    rows = zip(editor.space.units, editor.draft.levels, editor.parent.levels)
+    return [i for i, (unit, mine, theirs) in enumerate(rows) if mine != theirs or unit.name in editor.frozen]
+
+
+def show_editor(editor: GenomeEditor) -> None:
+    "Show the draft; only widgets whose content changes send anything."
+    space, draft, parent, chosen = editor.space, editor.draft, editor.parent, editor.selected
+    is_frozen = [unit.name in editor.frozen for unit in space.units]
+    for i, cell in enumerate(editor.cells):
+        show_cell(cell, space, i, draft.levels[i], parent.levels[i], is_frozen[i], i == chosen)
+    editor.tools.show(space, chosen, draft.levels[chosen], is_frozen[chosen], editor.enabled)
+    editor.actions.show(space, draft, parent, editor.budget, editor.enabled)
 
 # %% ../../nbs/ui/02_controls.ipynb #0a72117b
 _COLUMNS = {  # column → least value, tooltip
@@ -440,6 +462,30 @@ def setting_commands(
         commands[name] = {"command": "set", "setting": setting, "value": value, "when": when}
     return commands
 
+# %% ../../nbs/ui/02_controls.ipynb #c58bc310
+class ApplyTools:
+    "When changed settings take effect, and what sends or undoes them."
+
+    def __init__(
+        self,
+        apply: Callable[[], None],  # sends the changed settings
+        undo: Callable[[], None],  # shows the settings in force again
+    ):
+        self.when = widgets.ToggleButtons(
+            options=[("next generation", "next"), ("now", "now")], style={"button_width": "auto"},
+            tooltips=["The generation under way is finished under the old settings",
+                      "The generation under way is abandoned, and begun again with the new settings"])
+        tooltip = "Send the changed settings, one command each"
+        self.apply = button("Apply", tooltip, apply, "check", "primary")
+        self.undo = button("Reset", "Show the settings in force again", undo, "undo")
+        self.widget = row(_heading("takes effect", "auto"), self.when, self.apply, self.undo)
+
+    def show(self, n: int, enabled: bool, waiting: bool) -> None:
+        "Say how many settings were changed; sent ones may be on their way."
+        self.apply.description = "Apply" if n == 0 else f"Apply {n} change{'s' * (n > 1)}"
+        self.apply.disabled = not (n and enabled)
+        self.undo.disabled = n == 0 and not waiting
+
 # %% ../../nbs/ui/02_controls.ipynb #f4f041d5
 class SettingsForm:
     "Fields for every setting that can be changed while the search runs."
@@ -453,20 +499,13 @@ class SettingsForm:
         self.send, self.config, self.enabled, self._filling, self._sent = send, config, True, False, {}
         self.fields, self.target = setting_fields(), TargetFields(measures)
         self.stages = StageTable(self.touched)
+        self.tools = ApplyTools(self._apply, lambda: self.fill(self.config))
         for field in (*self.fields.values(), *self.target.fields):
             field.observe(lambda _: self.touched(), "value")
-        self.when = widgets.ToggleButtons(
-            options=[("next generation", "next"), ("now", "now")], style={"button_width": "auto"},
-            tooltips=["The generation under way is finished under the old settings",
-                      "The generation under way is abandoned, and begun again with the new settings"])
-        tooltip = "Send the changed settings, one command each"
-        self.apply = button("Apply", tooltip, self._apply, "check", "primary")
-        reset = lambda: self.fill(self.config)
-        self.undo = button("Reset", "Show the settings in force again", reset, "undo")
+        self.when, self.apply, self.undo = self.tools.when, self.tools.apply, self.tools.undo
         named = [labelled(_LABELS.get(name, name), field) for name, field in self.fields.items()]
-        takes_effect = row(_heading("takes effect", "auto"), self.when, self.apply, self.undo)
-        settings = row(*named, *self.target.labelled)
-        self.widget = column(settings, self.stages.widget, takes_effect, gap="10px", width="100%")
+        named = row(*named, *self.target.labelled)
+        self.widget = column(named, self.stages.widget, self.tools.widget, gap="10px", width="100%")
         self.fill(config)
 
     def _shown(self) -> dict[str, object]:
@@ -501,10 +540,7 @@ class SettingsForm:
     def touched(self) -> None:
         "Let the buttons say how many settings were changed."
         if not self._filling:
-            n = len(self.changes())
-            self.apply.description = "Apply" if n == 0 else f"Apply {n} change{'s' * (n > 1)}"
-            self.apply.disabled = not (n and self.enabled)
-            self.undo.disabled = n == 0 and not self._sent
+            self.tools.show(len(self.changes()), self.enabled, bool(self._sent))
 
     def _apply(self) -> None:
         shown = self._shown()
