@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evoprune_nb.ship import distillation, posttraining
+from evoprune_nb import losses
+from evoprune_nb.ship import posttraining
 from evoprune_nb.candidates import materialize
 from evoprune_nb.ui.cli import main
 from evoprune_nb.data import documents, split_of
@@ -27,7 +28,7 @@ from evoprune_nb.machine.lock import DirectoryBusy, contents
 from evoprune_nb.models import EMBEDDED_MODELS, load_model
 from evoprune_nb.ship.padded import export_padded
 from evoprune_nb.ship.checkpoints import damage, last_checkpoint
-from evoprune_nb.ship.distillation import post_training_loss
+from evoprune_nb.losses import post_training_loss
 from evoprune_nb.ship.posttraining import post_train_checkpoint
 from evoprune_nb.ship.stream import PostTraining, TokenStream, require_text
 from evoprune_nb.search import Search
@@ -129,8 +130,8 @@ def test_too_little_text(short_corpus, tokenizer):
 def test_loss_and_gradients_are_the_plain_formula(family, chunk, monkeypatch):
     "With and without distillation, in chunks; no logits exist for more positions than a chunk."
     model, teacher, blocks, alpha, temperature = small_model(family), small_model("llama-mha", seed=1), random_blocks(3, 12), 0.3, 1.7
-    parameters, rows, original = list(model.parameters()), [], distillation.objective
-    monkeypatch.setattr(distillation, "objective", lambda logits, *rest: rows.append(len(logits)) or original(logits, *rest))
+    parameters, rows, original = list(model.parameters()), [], losses.objective
+    monkeypatch.setattr(losses, "objective", lambda logits, *rest: rows.append(len(logits)) or original(logits, *rest))
     log_q = (model(blocks).logits[:, :-1] / temperature).log_softmax(-1)
     with torch.no_grad():
         log_p = (teacher(blocks).logits[:, :-1] / temperature).log_softmax(-1)

@@ -26,10 +26,9 @@ from ..judge.latency import time_each
 from ..models import EMBEDDED_MODELS, prunable_units
 from ..machine.device import resolve_device, resolve_dtype
 from ..ship.checkpoints import checkpoint_bytes
-from ..ship.distillation import loss_bytes
 from ..ship.stream import PostTraining
 from ..database import plan_calibration
-from ..losses import CHUNK, head_bytes, scoring_bytes
+from ..losses import CHUNK, head_bytes, loss_bytes, scoring_bytes
 from ..evaluator import SCORING_BATCH, SHARED_CHUNKS
 from ..selection import Stage, check_text
 from ..config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
