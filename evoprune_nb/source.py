@@ -39,12 +39,9 @@ class Source:
         return load_model(self.model_name, self.dtype, self.device)
 
     def load_pools(
-        self,
-        tokenizer,  # of the model
-        tokens: dict[str, int | None] | None = None,  # per split, as for `load_pools`
-        progress: bool = True,  # show a bar
+        self, tokenizer, tokens: dict[str, int | None] | None = None, progress: bool = True
     ) -> dict[str, TokenPool]:
-        "The text, by split."
+        "The text, by split; arguments are those of `data.load_pools`."
         return load_pools(self.text, tokenizer, self.seq_len, tokens, self.text_column, progress=progress)
 
     def build_database(
@@ -60,11 +57,9 @@ class Source:
         return build_database(model, blocks, directory, self.heads, self.n_levels, progress=progress)
 
     def make(
-        self,
-        directory: str | Path,  # of the level database
-        tokens: dict[str, int | None] | None = None,  # per split, as for `load_pools`
+        self, directory: str | Path, tokens: dict[str, int | None] | None = None
     ) -> tuple[nn.Module, object, dict[str, TokenPool], LevelDatabase]:
-        "Model, tokenizer, text and level database."
+        "Model, tokenizer, text by split (tokens as for `load_pools`), and the level database in a directory."
         model, tokenizer = self.load_model()
         pools = self.load_pools(tokenizer, tokens)
         return model, tokenizer, pools, self.build_database(model, pools, directory)
