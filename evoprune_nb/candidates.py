@@ -15,6 +15,7 @@ from .database import LevelDatabase
 from .genome import Genome
 from .modeling import drop_sublayer, renumber_cache, shrink_attention, shrink_mlp
 from .models import Unit, decoder_layers, norm_names
+from .pruning import columns_of
 
 # %% ../nbs/09_candidates.ipynb #1427d947
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -39,11 +40,6 @@ def kv_index_of(
     return kv_heads, index.tolist()
 
 # %% ../nbs/09_candidates.ipynb #45a40900
-def _rows(heads: torch.Tensor, size: int) -> torch.Tensor:
-    "Rows of heads of `size` rows each."
-    return (heads[:, None] * size + torch.arange(size)).flatten()
-
-
 def _mlp_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
     both = torch.cat([kept, unit.n_structures + kept])
     return {"gate_proj": (0, kept), "up_proj": (0, kept), "gate_up_proj": (0, both), "down_proj": (1, kept)}
@@ -51,7 +47,7 @@ def _mlp_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Te
 
 def _attention_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
     kv_heads, _ = kv_index_of(kept, unit.n_structures // unit.n_kv_heads)
-    heads, kv = _rows(kept, unit.structure_size), _rows(kv_heads, unit.structure_size)
+    heads, kv = columns_of(kept, unit.structure_size), columns_of(kv_heads, unit.structure_size)
     n_query, n_key = unit.n_structures * unit.structure_size, unit.n_kv_heads * unit.structure_size
     joined = torch.cat([heads, n_query + kv, n_query + n_key + kv])
     inputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "qkv_proj": joined}
@@ -77,9 +73,8 @@ def _own_sublayer(candidate: nn.Module, path: str) -> nn.Module:
     return sublayer
 
 
-def _shrink_unit(
-    candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor, weight: torch.Tensor
-) -> None:
+def _shrink_unit(candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor,
+                 weight: torch.Tensor) -> None:
     "Replace one unit of the candidate by its smaller version."
     sublayer, dense = _own_sublayer(candidate, unit.module), model.get_submodule(unit.module)
     if unit.kind == "attn":

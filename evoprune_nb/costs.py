@@ -138,9 +138,8 @@ def _is_countable(name: str, module: nn.Module) -> bool:
     return name == "mlp" or name == "self_attn" and all(isinstance(p, nn.Linear) for p in projections)
 
 # %% ../nbs/02_costs.ipynb #2937dcc4
-def _fixed_attention(
-    model: nn.Module, layer: int, attention: nn.Module, context_tokens: int
-) -> dict[str, float]:
+def _fixed_attention(model: nn.Module, layer: int, attention: nn.Module,
+                     context_tokens: int) -> dict[str, float]:
     "FLOPs of the scores, and bytes of cache, of an attention block that cannot be pruned."
     visible = min(context_tokens, attention_window(model, layer) or context_tokens)
     cached = _cached_tokens(model, layer, context_tokens)

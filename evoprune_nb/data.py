@@ -225,15 +225,9 @@ class TokenPool:
         return hashlib.sha256(head + self.blocks.numpy().tobytes()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #63b1d995
-def _read_splits(
-    source: str | Path,
-    column: str,
-    tokenizer,
-    needed: dict[str, int],  # split → tokens after which it is full
-    split_seed: int,
-    progress: bool,
-) -> tuple[dict[str, list[list[int]]], int]:
-    "Tokens of the documents of each split, and the number of documents read."
+def _read_splits(source: str | Path, column: str, tokenizer, needed: dict[str, int], split_seed: int,
+                 progress: bool) -> tuple[dict[str, list[list[int]]], int]:
+    "Tokens of the documents of each split until it has those needed, and the number of documents read."
     tokens, missing, n_documents = {split: [] for split in needed}, dict(needed), 0
     rows = documents(source, column)
     for document in tqdm(rows, desc="tokenizing", unit=" documents", leave=False, disable=not progress):
@@ -247,12 +241,6 @@ def _read_splits(
                 break
     return tokens, n_documents
 
-# %% ../nbs/01_data.ipynb #006490d4
-def _how_many(n_documents: int) -> str:
-    "What to say of the documents of a source with too little text in a split."
-    documents = "one document, and that" if n_documents == 1 else f"{n_documents:,} documents, and each"
-    return f"it has {documents} is in one split only (in a .txt file, blank lines separate documents)"
-
 # %% ../nbs/01_data.ipynb #53363108
 def _packed(texts: list[list[int]], seq_len: int, begin: tuple[int, ...], n_blocks: int) -> torch.Tensor:
     "The first blocks of the texts of a split: (n_blocks, seq_len), int32."
@@ -260,11 +248,11 @@ def _packed(texts: list[list[int]], seq_len: int, begin: tuple[int, ...], n_bloc
     return torch.tensor([block for block, _ in islice(blocks, n_blocks)], dtype=torch.int32)
 
 # %% ../nbs/01_data.ipynb #454f1db9
-def _check_enough(
-    source: str | Path, split: str, n_wanted: int, n_found: int, n_blocks: int, seq_len: int, n_documents: int
-) -> None:
+def _check_enough(source: str | Path, split: str, n_wanted: int, n_found: int, n_blocks: int, seq_len: int,
+                  n_documents: int) -> None:
     "Raise `ValueError` when a split has fewer tokens than asked for, or than one block."
-    hint = _how_many(n_documents)
+    has = "one document, and that" if n_documents == 1 else f"{n_documents:,} documents, and each"
+    hint = f"it has {has} is in one split only (in a .txt file, blank lines separate documents)"
     if n_wanted > n_blocks * seq_len:
         raise ValueError(f"asked for {n_wanted:,} {split} tokens, but {source} has {n_blocks * seq_len:,} "
                          f"in that split (blocks of {seq_len}); {hint}")

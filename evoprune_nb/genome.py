@@ -6,8 +6,6 @@
 __all__ = ['MAX_LEVELS', 'HEAD_MODES', 'Genome', 'equal_levels', 'level_grid', 'Grid', 'Costs', 'Space', 'make_space']
 
 # %% ../nbs/03_genome.ipynb #4e34292c
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from functools import cached_property
 from torch import nn
 
 from .costs import CONTEXT_TOKENS, MEASURES, fixed_costs, unit_costs
+from .machine.files import sha256_json
 from .models import Unit
 
 # %% ../nbs/03_genome.ipynb #3cd6b95b
@@ -164,23 +163,9 @@ class Grid:
         return genome
 
 # %% ../nbs/03_genome.ipynb #e856dbf5
-def _hash(value: object) -> str:
-    "16 hex digits over a value that JSON can write."
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _unit_row(unit: Unit) -> dict:
     "What identifies a unit; parts that a family lacks change nothing."
     return {name: value for name, value in asdict(unit).items() if value != ""}
-
-
-def _check_measure(costs: dict, measure: str) -> None:
-    "Raise `ValueError` for a measure whose costs are not known."
-    if measure not in costs:
-        why = "" if measure in MEASURES else f" (measures are {', '.join(MEASURES)})"
-        if measure == "latency":
-            why = " (measure it with `measure_unit_latency`)"
-        raise ValueError(f"costs in {measure!r} are not known here{why}; known are {', '.join(costs)}")
 
 # %% ../nbs/03_genome.ipynb #2001f359
 @dataclass(frozen=True)
@@ -191,7 +176,11 @@ class Costs(Grid):
 
     def check_measure(self, measure: str) -> str:
         "The name of a measure, or a `ValueError` when its costs are not known."
-        _check_measure(self.costs, measure)
+        if measure not in self.costs:
+            why = "" if measure in MEASURES else f" (measures are {', '.join(MEASURES)})"
+            why = " (measure it with `measure_unit_latency`)" if measure == "latency" else why
+            known = ", ".join(self.costs)
+            raise ValueError(f"costs in {measure!r} are not known here{why}; known are {known}")
         return measure
 
     def cost(self, genome: Genome, measure: str = "params") -> float:
@@ -206,7 +195,7 @@ class Costs(Grid):
     @cached_property
     def costs_fingerprint(self) -> str:
         "16 hex digits over all costs: with the same ones, a budget has the same meaning."
-        return _hash([self.costs, self.fixed])
+        return sha256_json([self.costs, self.fixed])[:16]
 
 # %% ../nbs/03_genome.ipynb #a4335e83
 @dataclass(frozen=True)
@@ -220,7 +209,8 @@ class Space(Costs):
     def fingerprint(self) -> str:
         "16 hex digits over units, grid, parameters and model: the same for spaces with the same genomes."
         sizes = {"params": self.params, "fixed_params": self.fixed_params, "model": self.model}
-        return _hash({"units": [_unit_row(unit) for unit in self.units], "removed": self.removed, **sizes})
+        units = [_unit_row(unit) for unit in self.units]
+        return sha256_json({"units": units, "removed": self.removed, **sizes})[:16]
 
     @classmethod
     def from_dict(cls, row: dict) -> "Space":

@@ -20,7 +20,7 @@ from .candidates import kv_index_of
 from .costs import attention_window
 from .database import LevelDatabase
 from .genome import Space
-from .machine.files import read_json, write_json
+from .machine.files import read_json, sha256_json, write_json
 from .models import decoder_layers
 
 # %% ../nbs/10_latency_table.ipynb #902ee605
@@ -119,25 +119,20 @@ def latency_conditions(
     }
 
 # %% ../nbs/10_latency_table.ipynb #2ef24480
-def _digest(table: dict) -> str:
-    "SHA-256 of what a table says."
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-
-
 def write_table(
     path: Path,  # of the table
     table: dict,  # "conditions", and "seconds" so far
 ) -> None:
     "Replace the file of a table, with a hash."
     table = json.loads(json.dumps(table))
-    write_json(path, table | {"sha256": _digest(table)})
+    write_json(path, table | {"sha256": sha256_json(table)})
 
 
 def read_table(path: Path) -> dict:
     "Conditions and seconds of a table. Raises `ValueError` for a damaged file."
     table = read_json(path)
     digest = table.pop("sha256", None)  # version 0.1 wrote none
-    if table.keys() != {"conditions", "seconds"} or digest not in (None, _digest(table)):
+    if table.keys() != {"conditions", "seconds"} or digest not in (None, sha256_json(table)):
         raise ValueError(f"{path} is damaged: it is not what was measured; delete it and measure again")
     return table
 

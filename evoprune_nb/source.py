@@ -38,9 +38,8 @@ class Source:
         "The dense model and its tokenizer."
         return load_model(self.model_name, self.dtype, self.device)
 
-    def load_pools(
-        self, tokenizer, tokens: dict[str, int | None] | None = None, progress: bool = True
-    ) -> dict[str, TokenPool]:
+    def load_pools(self, tokenizer, tokens: dict[str, int | None] | None = None,
+                   progress: bool = True) -> dict[str, TokenPool]:
         "The text, by split; arguments are those of `data.load_pools`."
         return load_pools(self.text, tokenizer, self.seq_len, tokens, self.text_column, progress=progress)
 

@@ -86,9 +86,8 @@ class Tuner:
         blocks = draw(self.stages[-1].tuning_tokens, derive_seed(self.seed, generation, "tuning"))
         return blocks[ends[stage] : ends[stage + 1]], sum(-(-(b - a) // size) for a, b in zip(ends, ends[1:]))
 
-    def tune(
-        self, genome: Genome, generation: int, stage: int, check_cancelled: Callable[[], None]
-    ) -> TunedCandidate:
+    def tune(self, genome: Genome, generation: int, stage: int,
+             check_cancelled: Callable[[], None]) -> TunedCandidate:
         "The candidate as it is when a stage scores it."
         tuned = self.kept.take(genome, generation)
         if tuned is None:
@@ -100,9 +99,8 @@ class Tuner:
         tuned.stage = stage
         return tuned
 
-    def _train(
-        self, tuned: TunedCandidate, blocks: torch.Tensor, n_steps: int, check_cancelled: Callable[[], None]
-    ) -> None:
+    def _train(self, tuned: TunedCandidate, blocks: torch.Tensor, n_steps: int,
+               check_cancelled: Callable[[], None]) -> None:
         "Train a candidate on further blocks."
         if not len(blocks):
             return

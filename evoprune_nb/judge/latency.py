@@ -189,11 +189,6 @@ def _check_models(models: dict[str, nn.Module], n_tokens: int) -> str:
             raise ValueError(f"{name or 'the model'} reads at most {limit:,} tokens; {asked}")
     return devices[0]
 
-
-def _named(dtype: torch.dtype) -> str:
-    "The name of a dtype, without `torch.`."
-    return str(dtype).removeprefix("torch.")
-
 # %% ../../nbs/judge/00_latency.ipynb #71f6a91c
 def compare_latency(
     models: dict[str, nn.Module],  # causal LMs by name, on one device
@@ -218,8 +213,9 @@ def compare_latency(
     for name, model in models.items():
         model.train(was_training[name])
     shared = (batch_size, prompt_tokens, new_tokens, device)
+    dtype_of = lambda name: str(models[name].dtype).removeprefix("torch.")
     times = {name: [Timing(column) for column in zip(*row)] for name, row in rows.items()}
-    return {name: Latency(*both, *shared, _named(models[name].dtype), torch.get_num_threads())
+    return {name: Latency(*both, *shared, dtype_of(name), torch.get_num_threads())
             for name, both in times.items()}
 
 

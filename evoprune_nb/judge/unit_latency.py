@@ -43,8 +43,8 @@ def _lone_sublayer(model: nn.Module, database: LevelDatabase, unit: int, level: 
     "The decoder layer of a unit at a level, without its other sublayer."
     row, levels = database.units[unit], [0] * len(database.units)
     levels[unit] = level
-    layer = decoder_layers(materialize(model, database, database.space.genome(levels), trainable=False))[1][
-        row.layer]
+    candidate = materialize(model, database, database.space.genome(levels), trainable=False)
+    layer = decoder_layers(candidate)[1][row.layer]
     drop_sublayer(layer, "mlp" if row.kind == "attn" else "attn", norm_names(layer))
     return layer
 
@@ -105,17 +105,13 @@ def _timed(actions: dict[str, list[Callable]], device: torch.device, warmup: int
             for name, timing in timings.items()}
 
 # %% ../../nbs/judge/01_unit_latency.ipynb #98f1f129
-def _without_layers(model: nn.Module, database: LevelDatabase) -> nn.Module:
-    "The dense model without decoder layers."
-    candidate = materialize(
-        model, database, database.space.genome([0] * len(database.units)), trainable=False)
-    parent, _, name = decoder_layers(candidate)[0].rpartition(".")
-    setattr(candidate.get_submodule(parent), name, nn.ModuleList())
-    return candidate
-
-
-def _fixed_actions(bare: nn.Module, batch_size: int, prompt_tokens: int) -> dict[str, list[Callable]]:
-    "Per phase: a call of the model without its layers."
+def _fixed_actions(model: nn.Module, database: LevelDatabase, batch_size: int,
+                   prompt_tokens: int) -> dict[str, list[Callable]]:
+    "Per phase: a call of the dense model without its decoder layers."
+    dense = database.space.genome([0] * len(database.units))
+    bare = materialize(model, database, dense, trainable=False)
+    parent, _, name = decoder_layers(bare)[0].rpartition(".")
+    setattr(bare.get_submodule(parent), name, nn.ModuleList())
     prompt = _prompt(bare, batch_size, prompt_tokens)
     return {phase: [partial(bare, input_ids=tokens, use_cache=True, logits_to_keep=1)]
             for phase, tokens in zip(PHASES, (prompt, prompt[:, :1]))}
@@ -166,15 +162,9 @@ def _missing_shapes(model: nn.Module, database: LevelDatabase, known: dict) -> d
             if shape and shape not in known}
 
 
-def _measure_shapes(
-    model: nn.Module,  # the dense model
-    database: LevelDatabase,  # its level database
-    unit: int,  # index of a unit
-    levels: dict[str, int],  # shape → a level of the unit that has it
-    prompt: tuple[int, int],  # batch size and tokens
-    turns: tuple[int, int],  # untimed and timed
-) -> dict[str, dict[str, list[float]]]:
-    "Seconds of shapes of one unit, timed in turns."
+def _measure_shapes(model: nn.Module, database: LevelDatabase, unit: int, levels: dict[str, int], prompt,
+                    turns) -> dict[str, dict[str, list[float]]]:
+    "Seconds of shapes of one unit (shape → a level that has it), timed in turns."
     calls, actions = _recorded_calls(model, database.units[unit].layer, *prompt), {}
     for shape, level in levels.items():
         layers = _copies(_lone_sublayer(model, database, unit, level), len(decoder_layers(model)[1]))
@@ -186,21 +176,15 @@ def _measure_shapes(
 
 # %% ../../nbs/judge/01_unit_latency.ipynb #9118bb45
 def _measure(
-    model: nn.Module,  # the dense model
-    database: LevelDatabase,  # its level database
-    table: dict,  # with the shapes that are measured
-    prompt: tuple[int, int],  # batch size and tokens
-    turns: tuple[int, int],  # untimed and timed
-    progress: bool,  # show a bar
+    model: nn.Module, database: LevelDatabase, table: dict, prompt: tuple[int, int], turns: tuple[int, int],
+    progress: bool,
 ) -> Iterator[dict[str, dict[str, list[float]]]]:
-    "Seconds of all shapes that the table lacks, unit by unit."
+    "Seconds of all shapes that the table lacks, unit by unit; (batch, tokens) and (untimed, timed) turns."
     missing = _missing_shapes(model, database, table["seconds"])
     n = len(missing) + ("fixed" not in table["seconds"])
     with tqdm(total=n, desc="timing shapes", unit="shape", disable=not progress) as bar:
         if "fixed" not in table["seconds"]:
-            yield {
-                "fixed": _timed(
-                    _fixed_actions(_without_layers(model, database), *prompt), model.device, *turns)}
+            yield {"fixed": _timed(_fixed_actions(model, database, *prompt), model.device, *turns)}
             bar.update()
         for unit in sorted({unit for unit, _ in missing.values()}):
             mine = {shape: level for shape, (other, level) in missing.items() if other == unit}

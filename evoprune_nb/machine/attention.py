@@ -23,14 +23,11 @@ def _rows(x: torch.Tensor, n_kv: int, start: int, stop: int) -> torch.Tensor:
     return x[:, :, start:stop].reshape(batch * n_kv, heads // n_kv * (stop - start), size)
 
 
-def _probabilities(
-    queries: torch.Tensor,  # (matrices, rows, size) float32, scaled; rows are a multiple of the positions
-    keys: torch.Tensor,  # (matrices, positions, size) float32
-    future: torch.Tensor,  # (positions, positions) of a block: minus infinity above the diagonal
-    start: int,  # first position of the block
-    stop: int,  # the one after its last
-) -> torch.Tensor:
-    "What each query attends to up to its own position: (matrices, rows, stop) float32."
+def _probabilities(queries, keys, future, start: int, stop: int) -> torch.Tensor:
+    """What each query of a block attends to up to its own position: (matrices, rows, stop) float32.
+
+    Scaled queries (matrices, rows, size) and keys (matrices, positions, size) are float32; `future` is
+    (positions, positions) of a block, minus infinity above the diagonal."""
     logits, n = torch.bmm(queries, keys[:, :stop].transpose(1, 2)), stop - start
     logits.view(len(logits), -1, n, stop)[..., start:].add_(future[:n, :n])
     return logits.softmax(-1)

@@ -174,9 +174,8 @@ class Plan:
         return pd.DataFrame(rows).T.rename_axis(self.model, axis="columns")
 
 # %% ../../nbs/paper/02_planning.ipynb #3568e0a9
-def _database(
-    job: _Job, tokens: int, batch_tokens: int, memory_bytes: int | None, offload_bytes: int | None
-) -> tuple[Phase, int, int]:
+def _database(job: _Job, tokens: int, batch_tokens: int, memory_bytes: int | None,
+              offload_bytes: int | None) -> tuple[Phase, int, int]:
     "The first phase, and its numbers of groups and of passes over the text."
     space, device, hidden, itemsize = job.space, job.device, job.hidden, job.dtype.itemsize
     calibration = plan_calibration(space.units, tokens * hidden * itemsize, memory_bytes, offload_bytes)

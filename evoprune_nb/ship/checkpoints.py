@@ -6,7 +6,6 @@
 __all__ = ['SEAL', 'seal', 'damage', 'last_checkpoint', 'check_claim', 'claimed', 'checkpoint_bytes']
 
 # %% ../../nbs/ship/06_checkpoints.ipynb #ce1fe739
-import hashlib
 import json
 import shutil
 import warnings
@@ -14,16 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..machine.files import check_target, read_json, sha256_file, write_json
+from ..machine.files import check_target, read_json, sha256_file, sha256_json, write_json
 from ..machine.lock import DirectoryLock, contents
 
 # %% ../../nbs/ship/06_checkpoints.ipynb #b4db0c7a
 SEAL = "stream.json"
-
-
-def _digest(row: dict) -> str:
-    "SHA-256 of what a seal says."
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def seal(
@@ -34,7 +28,7 @@ def seal(
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     row = position | {"files": {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}}
     row = json.loads(json.dumps(row))
-    write_json(checkpoint / SEAL, row | {"sha256": _digest(row)})
+    write_json(checkpoint / SEAL, row | {"sha256": sha256_json(row)})
 
 # %% ../../nbs/ship/06_checkpoints.ipynb #826a0e16
 _UNHASHED = {"blocks", "window", "start"}  # a seal of version 0.1
@@ -48,7 +42,7 @@ def damage(checkpoint: Path) -> str:
         return str(error)
     if row.keys() == _UNHASHED:
         return ""
-    if row.pop("sha256", "") != _digest(row):
+    if row.pop("sha256", "") != sha256_json(row):
         return f"{checkpoint / SEAL} is damaged: it does not have the hash that was noted"
     for name, wanted in row["files"].items():
         path = checkpoint / name

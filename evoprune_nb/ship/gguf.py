@@ -19,9 +19,10 @@ from torch import nn
 
 from ..machine.files import written_whole
 from ..models import decoder_layers
+from ..pruning import columns_of
 from .cards import Card, write_card
 from .layers import stock_class
-from .padded import check_groups, group_sizes
+from .padded import check_groups, group_sizes, head_slots
 
 # %% ../../nbs/ship/04_gguf.ipynb #9423f967
 def interleaved(
@@ -82,15 +83,9 @@ _MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 Named = Iterator[tuple[str, torch.Tensor]]  # names and tensors
 
 
-def _slots(sizes: list[int], size: int) -> torch.Tensor:
-    "Where rows of query heads go when every group is as large as the largest."
-    heads = torch.tensor([j * max(sizes) + t for j, n in enumerate(sizes) for t in range(n)])
-    return (heads[:, None] * size + torch.arange(size)).flatten()
-
-
 def _attention_tensors(attention: nn.Module, row: DeciLayer) -> Named:
-    size = attention.head_dim
-    slots = _slots(group_sizes(attention), size).to(attention.o_proj.weight.device)
+    size, sizes = attention.head_dim, group_sizes(attention)
+    slots = columns_of(head_slots(sizes, max(sizes)), size).to(attention.o_proj.weight.device)
     for part, name in _ATTENTION.items():
         for kind, tensor in getattr(attention, part).named_parameters():
             tensor = tensor.detach()

@@ -86,9 +86,8 @@ _NAMES = TrainingArguments.__dataclass_fields__  # transformers renamed one of t
 _CHECKPOINTING = f"{'activation' if 'activation_checkpointing' in _NAMES else 'gradient'}_checkpointing"
 
 
-def _arguments(
-    work: Path, settings: PostTraining, use_cpu: bool, progress: bool, options: dict
-) -> TrainingArguments:
+def _arguments(work: Path, settings: PostTraining, use_cpu: bool, progress: bool,
+               options: dict) -> TrainingArguments:
     "The settings in Trainer's names."
     rows = dict(
         output_dir=str(work), max_steps=1, per_device_train_batch_size=settings.batch_size,

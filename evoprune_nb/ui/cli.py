@@ -189,13 +189,6 @@ def _tasks(options: argparse.Namespace, model: nn.Module, tokenizer, tasks: list
 def _shape(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in ("batch_size", "prompt_tokens", "new_tokens")}
 
-
-def _speed(options: argparse.Namespace, model: nn.Module) -> dict:
-    "Latency, and bytes of the K/V cache."
-    measured = measure_latency(model, **_shape(options), repeats=options.repeats, progress="latency")
-    cache = kv_cache_bytes(model, options.prompt_tokens) // options.prompt_tokens
-    return {"latency": measured, "kv_bytes_per_token": cache}
-
 # %% ../../nbs/ui/07_cli.ipynb #65dc510a
 def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dict]:
     "The function that loads a checkpoint, by its module's and its own name, and its arguments."
@@ -219,7 +212,9 @@ def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict
     for result, given in parts:
         measured, conditions = measured | result, conditions | given
     if options.latency:
-        measured |= _speed(options, model)
+        cache = kv_cache_bytes(model, options.prompt_tokens) // options.prompt_tokens
+        timed = measure_latency(model, **_shape(options), repeats=options.repeats, progress="latency")
+        measured |= {"latency": timed, "kv_bytes_per_token": cache}
     if options.memory:
         conditions |= {"memory": _shape(options)}
         measured["memory"] = peak_memory(checkpoint, **_shape(options), loader=loader, **loading)
@@ -292,19 +287,16 @@ def search_config(given: list[list[str]]) -> SearchConfig:
     return SearchConfig(
         **chosen["search"], target=Target(**chosen["target"]), training=Training(**chosen["training"]))
 
-# %% ../../nbs/ui/07_cli.ipynb #072b18c0
-def _bytes(gigabytes: float | None) -> int | None:
-    return None if gigabytes is None else int(gigabytes * 1e9)
-
 # %% ../../nbs/ui/07_cli.ipynb #8796ea0d
 def _plan(options: argparse.Namespace) -> None:
     "Print the plan, and what will not fit."
     tokens, batch = options.post_tokens, options.post_batch
+    n_bytes = lambda gigabytes: None if gigabytes is None else int(gigabytes * 1e9)
     post = PostTraining(tokens, options.seq_len, batch) if tokens else None
     device = this_device(options.dtype or "bfloat16", options.device) if options.device else None
     planned = plan(options.model, search_config(options.p), options.calibration_tokens, options.seq_len,
-                   options.dtype, options.heads, memory_bytes=_bytes(options.memory_gb),
-                   offload_bytes=_bytes(options.offload_gb), post_training=post, device=device)
+                   options.dtype, options.heads, memory_bytes=n_bytes(options.memory_gb),
+                   offload_bytes=n_bytes(options.offload_gb), post_training=post, device=device)
     print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; "
           f"{planned.groups} group(s) of Hessians, {planned.passes} pass(es) over the calibration text\n\n"
           + planned.table().rename_axis(None, axis="columns").to_string())

@@ -97,17 +97,13 @@ def prepare_search(
     check_search(model, pools, config, source.heads, source.n_levels)
     say("building the level database")
     database = source.build_database(model, pools, run_dir / "database", progress=False)
-    if source.latency and _needs_latency(run_dir, config):
+    is_new = not (run_dir / "config.json").exists()  # a run keeps the costs that it began with
+    if source.latency and (is_new or "latency" in config.target.limits):
         say("timing the units")
         measured = measure_unit_latency(model, database, prompt_tokens=source.seq_len, progress=False)
         database = database.with_space(with_latency(database.space, measured))
     say("opening the run")
     return Search(run_dir, model, database, pools, config, source=source), tokenizer
-
-# %% ../../nbs/ui/03_session.ipynb #c0369bb9
-def _needs_latency(run_dir: Path, config: SearchConfig) -> bool:
-    "A run keeps the costs that it began with."
-    return not (run_dir / "config.json").exists() or "latency" in config.target.limits
 
 # %% ../../nbs/ui/03_session.ipynb #dba42103
 def database_progress(directory: Path) -> tuple[int, int]:
