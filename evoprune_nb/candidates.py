@@ -54,12 +54,8 @@ def _attention_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, to
     return {part: (0, rows) for part, rows in inputs.items()} | {"o_proj": (1, heads)}
 
 
-def unit_slices(
-    sublayer: nn.Module,  # the dense attention block or MLP
-    unit: Unit,  # what it is
-    kept: torch.Tensor,  # structures kept, ascending
-) -> dict[str, tuple[int, torch.Tensor]]:
-    "For each of its linear layers: the dimension that shrinks, and the indices that stay."
+def unit_slices(sublayer: nn.Module, unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+    "For each linear layer of a dense unit: the dimension that shrinks, and the indices that stay, ascending."
     slices = (_mlp_slices if unit.kind == "mlp" else _attention_slices)(unit, kept)
     return {part: where for part, where in slices.items() if hasattr(sublayer, part)}
 
@@ -131,11 +127,7 @@ def materialize(
     return candidate.eval()
 
 # %% ../nbs/09_candidates.ipynb #8b09169c
-def dense_state(
-    candidate: nn.Module,  # from `materialize`
-    model: nn.Module,  # the dense model, for its shapes
-    units: list[Unit],  # its units
-) -> dict[str, torch.Tensor]:
+def dense_state(candidate: nn.Module, model: nn.Module, units: list[Unit]) -> dict[str, torch.Tensor]:
     "The candidate's weights in the dense model's shapes: zeros where structures were removed."
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     where = {name: slice(None) for name in state}

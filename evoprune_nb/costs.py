@@ -57,11 +57,8 @@ def unit_params(
     return norms + sum(numel for _, numel in _remaining(model, unit, kept, kv_kept))
 
 # %% ../nbs/02_costs.ipynb #4203673c
-def attention_window(
-    model: nn.Module,  # a causal LM
-    layer: int,  # index of a decoder layer
-) -> int | None:
-    "Tokens that the attention of a layer sees at most (itself included); None: all."
+def attention_window(model: nn.Module, layer: int) -> int | None:
+    "Tokens that the attention of a decoder layer sees at most (itself included); None: all."
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
     if types is not None and types[layer] != "sliding_attention":

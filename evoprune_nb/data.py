@@ -116,10 +116,7 @@ def documents(
 SPLITS = {"calibration": 0.2, "tuning": 0.5, "scoring": 0.15, "heldout": 0.15}  # share of the documents
 
 # %% ../nbs/01_data.ipynb #57d63fcf
-def split_of(
-    document: str,  # the text itself
-    seed: int = 0,  # another seed, another assignment
-) -> str:
+def split_of(document: str, seed: int = 0) -> str:
     "The split of a document: SHA-256 of seed and text, cut at the shares in `SPLITS`."
     position = int.from_bytes(hashlib.sha256(f"{seed}\n{document}".encode()).digest()[:8], "big") / 2**64
     for split, share in SPLITS.items():
@@ -141,10 +138,7 @@ def begin_tokens(tokenizer) -> tuple[int, ...]:
     return tuple(whole[:1]) if whole and whole[0] == tokenizer.bos_token_id else ()
 
 # %% ../nbs/01_data.ipynb #1305acc6
-def document_tokens(
-    tokenizer,  # the model's own tokenizer
-    document: str,  # its text
-) -> list[int]:
+def document_tokens(tokenizer, document: str) -> list[int]:
     "Token ids of a document, with the end-of-text token behind it."
     end = tokenizer.eos_token_id
     if end is None and not begin_tokens(tokenizer):

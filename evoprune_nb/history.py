@@ -254,11 +254,7 @@ def tokens_used(attempts: Sequence[Attempt]) -> dict[str, int]:
     return {purpose: sum(row[purpose] for row in used) for purpose in ("tuning", "scoring")}
 
 
-def tokens_left(
-    position: SearchState,  # where the search stands
-    attempts: Sequence[Attempt],  # so far
-    seq_len: int,  # tokens per block
-) -> dict[str, int]:
+def tokens_left(position: SearchState, attempts: Sequence[Attempt], seq_len: int) -> dict[str, int]:
     "Tokens that the rest of the run takes by its rules, by purpose."
     if position.finished:
         return {"tuning": 0, "scoring": 0}

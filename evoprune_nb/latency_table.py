@@ -43,16 +43,10 @@ def unit_shape(
     return f"{shape} in {hashlib.sha256(layer.encode()).hexdigest()[:6]}"
 
 
-def unit_shapes(
-    model: nn.Module,  # the dense model
-    database: LevelDatabase,  # its level database
-) -> tuple[tuple[str, ...], ...]:
+def unit_shapes(model: nn.Module, database: LevelDatabase) -> tuple[tuple[str, ...], ...]:
     "The shapes of all units at all levels."
-    def shapes(unit: int) -> tuple[str, ...]:
-        levels = range(database.space.n_levels(unit))
-        return tuple(unit_shape(model, database, unit, level) for level in levels)
-
-    return tuple(map(shapes, range(len(database.units))))
+    shapes = lambda unit, levels: tuple(unit_shape(model, database, unit, i) for i in range(len(levels)))
+    return tuple(shapes(unit, levels) for unit, levels in enumerate(database.space.removed))
 
 # %% ../nbs/10_latency_table.ipynb #394243e4
 PHASES = ("prefill", "decode")  # reading the prompt; writing one token after it
@@ -80,10 +74,7 @@ class UnitLatency:
         return shares[len(shares) // 2]
 
 # %% ../nbs/10_latency_table.ipynb #be6e12a1
-def with_latency(
-    space: Space,  # of the same database
-    table: UnitLatency,  # from `open_unit_latency`, or just measured
-) -> Space:
+def with_latency(space: Space, table: UnitLatency) -> Space:
     "The space with costs in \"latency\": seconds to read the table's prompt and write its new tokens."
     if (mine := space.fingerprint) != (theirs := table.conditions["space"]):
         raise ValueError(
@@ -103,10 +94,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}: {models[0] if models else platform.processor() or platform.machine()}"
 
 
-def latency_conditions(
-    model: nn.Module,  # on the device and in the dtype that count
-    database: LevelDatabase,  # its level database
-) -> dict:
+def latency_conditions(model: nn.Module, database: LevelDatabase) -> dict:
     "What a table depends on, besides batch and prompt."
     return {
         "model": database.space.model,
@@ -119,11 +107,8 @@ def latency_conditions(
     }
 
 # %% ../nbs/10_latency_table.ipynb #2ef24480
-def write_table(
-    path: Path,  # of the table
-    table: dict,  # "conditions", and "seconds" so far
-) -> None:
-    "Replace the file of a table, with a hash."
+def write_table(path: Path, table: dict) -> None:
+    "Replace the file of a table (\"conditions\", and \"seconds\" so far), with a hash."
     table = json.loads(json.dumps(table))
     write_json(path, table | {"sha256": sha256_json(table)})
 
@@ -137,11 +122,7 @@ def read_table(path: Path) -> dict:
     return table
 
 
-def check_conditions(
-    path: Path,  # of the table
-    found: dict,  # its conditions
-    wanted: dict,  # what they should be
-) -> None:
+def check_conditions(path: Path, found: dict, wanted: dict) -> None:
     "Raise `ValueError` that names each condition of a table that differs."
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
@@ -172,10 +153,7 @@ def open_unit_latency(
     return UnitLatency(row["conditions"], shapes, row["seconds"])
 
 # %% ../nbs/10_latency_table.ipynb #3f07dc09
-def with_stored_latency(
-    model: nn.Module,  # the dense model
-    database: LevelDatabase,  # its level database
-) -> LevelDatabase:
+def with_stored_latency(model: nn.Module, database: LevelDatabase) -> LevelDatabase:
     "The database with the seconds of its stored table among its costs; raises like `open_unit_latency`."
     if "latency" in database.space.costs:
         return database

@@ -16,11 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/11_losses.ipynb #81601ec8
-def final_hidden(
-    model: nn.Module,  # a causal LM
-    blocks: torch.Tensor,  # (batch, seq) token ids
-) -> torch.Tensor:
-    "What the head reads: the final hidden states, (batch, seq, hidden)."
+def final_hidden(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+    "What the head reads for token ids (batch, seq): the final hidden states, (batch, seq, hidden)."
     return model.get_decoder()(input_ids=blocks.to(model.device), use_cache=False).last_hidden_state
 
 # %% ../nbs/11_losses.ipynb #8f12e623

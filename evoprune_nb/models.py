@@ -150,7 +150,7 @@ def _not_linear(sublayer: nn.Module, names: tuple[str, ...]) -> list[str]:
     "Those of the names that are no linear layers of the sublayer."
     return [name for name in names if not isinstance(getattr(sublayer, name, None), nn.Linear)]
 
-# %% ../nbs/00_models.ipynb #0c7707b6
+
 def _projections(sublayer: nn.Module, kind: str) -> tuple[str, ...]:
     "Names of the linear layers of a sublayer; empty when it is not Llama-shaped."
     return next((names for names in _PROJECTIONS[kind] if not _not_linear(sublayer, names)), ())

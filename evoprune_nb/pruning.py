@@ -264,11 +264,8 @@ class PrunedUnit:
     errors: list[float]  # per level: relative squared error of the unit's output, in the damped H
 
 
-def kept_structures(
-    order: torch.Tensor,  # structures in the order of removal
-    removed: int,  # how many are gone
-) -> torch.Tensor:
-    "Indices of the kept structures, ascending."
+def kept_structures(order: torch.Tensor, removed: int) -> torch.Tensor:
+    "Indices of the structures kept, ascending, when the first `removed` of an order of removal are gone."
     return order[removed:].sort().values
 
 # %% ../nbs/06_pruning.ipynb #2d62d7f4

@@ -67,12 +67,8 @@ def follow(
     return search.parent
 
 # %% ../nbs/22_replay.ipynb #d5df91c3
-def check_same_inputs(
-    run_dir: str | Path,  # of the run
-    recorded: dict[str, str],  # its fingerprints
-    mine: dict[str, str],  # those of what it is to be repeated with
-) -> None:
-    "Raise `ValueError` for another model, database or text."
+def check_same_inputs(run_dir: str | Path, recorded: dict[str, str], mine: dict[str, str]) -> None:
+    "Raise `ValueError` unless my fingerprints are those recorded: same model, database and text."
     differing = [name for name, value in recorded.items() if mine.get(name) != value]
     if differing:
         said = ", ".join(f"{name} ({recorded[name]} there, {mine.get(name)} here)" for name in differing)

@@ -83,12 +83,8 @@ def _check_size(sparsity: float | None, params: int | None, limits: dict[str, fl
         raise ValueError(f"params must be a number of parameters, not negative; got {params!r}")
 
 # %% ../nbs/04_target.ipynb #d995b9fb
-def levels_within(
-    space: Space,  # which levels there are
-    unit: int,  # index of a unit
-    caps: dict[str, int],  # cap → number of structures
-) -> list[int]:
-    "The levels that a unit may take. Raises `ValueError` when there are none."
+def levels_within(space: Space, unit: int, caps: dict[str, int]) -> list[int]:
+    "The levels that a unit may take under caps. Raises `ValueError` when there are none."
     kept = [space.kept(unit, level) for level in range(space.n_levels(unit))]
     own = {name: n for name, n in caps.items() if CAPS[name][0] == space.units[unit].kind}
     most = min((n for name, n in own.items() if CAPS[name][1] is max), default=math.inf)
@@ -389,10 +385,7 @@ def _plan(space: Space, target: Target) -> tuple[Budget, Genome]:
     return budget, _start(space, budget)
 
 # %% ../nbs/04_target.ipynb #8678f3e0
-def plan_budget(
-    space: Space,  # which genomes there are
-    target: Target,  # the size that is wanted
-) -> tuple[Budget, Genome]:
+def plan_budget(space: Space, target: Target) -> tuple[Budget, Genome]:
     """The budget, and the uniform genome that meets it (start of a search, and its baseline).
 
     Raises `ValueError` with the reachable range when no uniform genome meets it."""

@@ -107,11 +107,8 @@ class Ratio:
         return f"{self.median:.2f}× ({self.low:.2f}–{self.high:.2f})"
 
 
-def speedup(
-    before: Timing,  # e.g. the dense model
-    after: Timing,  # e.g. the pruned one, timed in the same turns
-) -> Ratio:
-    "Seconds of `before` per second of `after`, turn by turn."
+def speedup(before: Timing, after: Timing) -> Ratio:
+    "Seconds of `before` per second of `after`, turn by turn: above 1 where `after` is faster."
     if len(before.seconds) != len(after.seconds):
         n, m = len(before.seconds), len(after.seconds)
         raise ValueError(f"a speedup needs timings taken in the same turns; got {n} and {m} repeats")

@@ -51,11 +51,8 @@ def _is_intact(target: Path) -> bool:
         return False
 
 # %% ../../nbs/machine/02_fetch.ipynb #0285955e
-def cached(
-    name: str,  # of the file or directory in the cache
-    make: Callable[[Path], None],  # writes it to the path that it is given
-) -> Path:
-    "The path of a cache entry, made first if it is missing or damaged."
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    "The path of a cache entry, made first by `make(path)` if it is missing or damaged."
     target = cache_dir() / name
     if _is_intact(target):
         return target

@@ -25,21 +25,15 @@ def works_by_element(optimizer: str) -> bool:
     return "fused" in inspect.signature(getattr(torch.optim, optimizer)).parameters
 
 # %% ../../nbs/machine/07_portions.ipynb #087fee99
-def row_groups(
-    tensor: torch.Tensor,  # to be cut
-    limit: int,  # numbers per group, if a row has no more
-) -> Sequence[torch.Tensor]:
-    "Views of neighbouring rows."
+def row_groups(tensor: torch.Tensor, limit: int) -> Sequence[torch.Tensor]:
+    "Views of neighbouring rows with at most `limit` numbers, if a row has no more."
     if tensor.numel() <= limit:
         return (tensor,)
     return tensor.split(max(1, limit * len(tensor) // tensor.numel()))
 
 # %% ../../nbs/machine/07_portions.ipynb #6190e4fb
-def joined(
-    tensors: Sequence[torch.Tensor],  # in order
-    limit: int,  # numbers per slice, if a tensor has no more
-) -> list[slice]:
-    "Neighbours that are taken together, as slices."
+def joined(tensors: Sequence[torch.Tensor], limit: int) -> list[slice]:
+    "Neighbouring tensors that are taken together, at most `limit` numbers if none has more, as slices."
     starts, n = [], 0
     for i, tensor in enumerate(tensors):
         n += tensor.numel()

@@ -18,11 +18,8 @@ import torch
 from .allocator import share_freed_memory
 
 # %% ../../nbs/machine/06_threads.ipynb #56f29fa9
-def widths(
-    n_items: int,  # in all
-    n_jobs: int,  # at a time
-) -> list[int]:
-    "For each item, how many are worked on at the same time. Raises `ValueError` for less than one."
+def widths(n_items: int, n_jobs: int) -> list[int]:
+    "For each of `n_items`, how many are worked on at the same time. Raises `ValueError` for less than one."
     if not isinstance(n_jobs, int) or n_jobs < 1:
         raise ValueError(f"n_jobs must be a whole number from 1; got {n_jobs!r}")
     left = n_items % n_jobs

@@ -128,11 +128,8 @@ def table(rows: Mapping[str, object], head: tuple[str, str] = ("what", "value"))
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 
-def sizes(
-    model: nn.Module,  # the pruned model
-    dense_params: int = 0,  # parameters of the dense model, where known
-) -> dict[str, int | str]:
-    "What is counted in a model: parameters, and heads and channels by layer."
+def sizes(model: nn.Module, dense_params: int = 0) -> dict[str, int | str]:
+    "What is counted in a pruned model: parameters, and heads and channels by layer."
     n_params, layers = sum(p.numel() for p in model.parameters()), per_layer_config(model).values()
     rows = {"parameters": n_params}
     if dense_params:
@@ -195,12 +192,8 @@ def _scores(scores: Mapping) -> str:
     return "## Scores\n\n" + table(scores, ("measured", "value"))
 
 
-def card_text(
-    model: nn.Module,  # the pruned model
-    card: Card,  # what is known of it
-    more_sizes: dict | None = None,  # further rows of the table of sizes
-) -> str:
-    "The model card, in Markdown with front matter."
+def card_text(model: nn.Module, card: Card, more_sizes: dict | None = None) -> str:
+    "The model card, in Markdown with front matter; `more_sizes` are further rows of its table."
     counts = sizes(model, card.dense_params) | (more_sizes or {})
     base = hub_id(card.base_model) or Path(card.base_model).name
     origin = {"genome (level per unit: attention/MLP)": card.genome} if card.genome else {}
@@ -255,11 +248,8 @@ def read_card(directory: str | Path) -> Card:
     return Card(**row, license_files=texts, figure=files.get("genome.png"))
 
 # %% ../../nbs/ship/01_cards.ipynb #fa165ad4
-def evaluation_scores(
-    directory: Path,  # of an export or a run
-    genome: str = "",  # of this genome alone, where given
-) -> dict[str, float]:
-    "Scores in the evaluation report of a directory; none where there is no report."
+def evaluation_scores(directory: Path, genome: str = "") -> dict[str, float]:
+    "Scores in the evaluation report of a directory, of one genome if it is given; none without a report."
     path = directory / "evaluation.json"
     row = read_json(path) if path.exists() and path in own_files(directory) else {}
     if genome and row.get("conditions", {}).get("genome") != genome:

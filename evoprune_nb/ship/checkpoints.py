@@ -20,11 +20,8 @@ from ..machine.lock import DirectoryLock, contents
 SEAL = "stream.json"
 
 
-def seal(
-    checkpoint: Path,  # with everything else in it
-    position: dict,  # from `TokenStream.state_after`
-) -> None:
-    "Complete a checkpoint with the position in the text and the hashes of its files."
+def seal(checkpoint: Path, position: dict) -> None:
+    "Complete a checkpoint with the position in the text (`TokenStream.state_after`) and its files' hashes."
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     row = position | {"files": {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}}
     row = json.loads(json.dumps(row))
@@ -66,11 +63,8 @@ def last_checkpoint(work: str | Path) -> Path | None:
     return None
 
 # %% ../../nbs/ship/06_checkpoints.ipynb #ee53e7a4
-def check_claim(
-    work: Path,  # the working directory, which need not exist
-    identity: dict,  # whatever decides the result
-) -> bool:
-    "Whether the directory holds this training already. Raises `ValueError` when it holds something else."
+def check_claim(work: Path, identity: dict) -> bool:
+    "Whether `work` holds this training already. Raises `ValueError` when it holds something else."
     path, identity = work / "settings.json", json.loads(json.dumps(identity))
     if not path.exists():
         if contents(work):

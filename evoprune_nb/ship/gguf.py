@@ -33,10 +33,7 @@ def interleaved(
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
 
 # %% ../../nbs/ship/04_gguf.ipynb #83f92c7a
-def rope_factors(
-    model: nn.Module,  # a candidate or a reloaded export
-    size: int,  # of a head
-) -> torch.Tensor | None:
+def rope_factors(model: nn.Module, size: int) -> torch.Tensor | None:
     """Plain over actual rotary frequencies, (size / 2,); None when they are equal.
 
     Raises `ValueError` for scaling that cannot be written so.
@@ -240,10 +237,7 @@ def add_tokenizer(
 _FAMILIES = ("llama", "mistral", "qwen2")
 
 
-def check_gguf(
-    model: nn.Module,  # a candidate or a reloaded export
-    pad_heads: bool = False,  # zero heads in place of a refusal
-) -> None:
+def check_gguf(model: nn.Module, pad_heads: bool = False) -> None:
     "Raise `ValueError`, with what to do instead, unless llama.cpp's `deci` computes what the model computes."
     stock, config = stock_class(model), model.config
     instead = "; use --format hf, or --format padded and llama.cpp's own converter"

@@ -43,10 +43,7 @@ def stock_class(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
 
 
-def stock_config(
-    model: nn.Module,  # a candidate or a reloaded export
-    **changes,  # values to set
-) -> transformers.PreTrainedConfig:
+def stock_config(model: nn.Module, **changes) -> transformers.PreTrainedConfig:
     "The configuration of the dense model, for its stock class, with changes."
     row = {key: value for key, value in model.config.to_dict().items() if key not in _OWN_KEYS}
     return stock_class(model).config_class(**row | changes)

@@ -41,11 +41,8 @@ def _all_groups(model: nn.Module) -> dict[int, list[int]]:
     return {index: group_sizes(block) for index, block in attention.items() if block is not None}
 
 
-def check_groups(
-    model: nn.Module,  # a candidate or a reloaded export
-    form: str,  # what needs groups of one size, for the message
-) -> None:
-    "Raise `ValueError` when a layer's groups differ, saying what to do."
+def check_groups(model: nn.Module, form: str) -> None:
+    "Raise `ValueError` when a layer's groups differ, which `form` cannot hold, saying what to do."
     for index, sizes in _all_groups(model).items():
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -145,10 +142,7 @@ def _padded_config(model: nn.Module, shape: StockShape):
         intermediate_size=shape.width, num_hidden_layers=len(shape.layers), dtype=model.dtype, **changes)
 
 
-def padded_model(
-    model: nn.Module,  # a candidate or a reloaded export
-    shape: StockShape,  # from `stock_shape`
-) -> nn.Module:
+def padded_model(model: nn.Module, shape: StockShape) -> nn.Module:
     "A stock model of that shape with the pruned model's weights, on the CPU."
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(_padded_config(model, shape))

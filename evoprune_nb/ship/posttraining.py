@@ -30,11 +30,8 @@ from .export import load_exported
 from .stream import PostTraining, TokenStream, require_text
 
 # %% ../../nbs/ship/07_posttraining.ipynb #96ec6bb2
-def check_head(
-    model: nn.Module,  # a causal LM
-    name: str,  # of it, for the message
-) -> None:
-    "Raise `ValueError` unless logits are hidden states times the head's weight."
+def check_head(model: nn.Module, name: str) -> None:
+    "Raise `ValueError`, with the model's name, unless logits are hidden states times the head's weight."
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or not head_is_linear(model):
         raise ValueError(f"{name} ({type(model).__name__}) scales or caps its logits after the head; "
@@ -64,12 +61,8 @@ def _load_teacher(name: str, model: nn.Module, device: torch.device) -> nn.Modul
 # %% ../../nbs/ship/07_posttraining.ipynb #ee44329a
 def _make_forward_the_loss(model: nn.Module, settings: PostTraining, teacher: nn.Module | None) -> None:
     "Let calling the model return the loss of a batch."
-    weight, temperature = settings.distillation, settings.temperature
-
-    def forward(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": post_training_loss(model, input_ids, teacher, weight, temperature)}
-
-    model.forward = forward
+    how = (teacher, settings.distillation, settings.temperature)
+    model.forward = lambda input_ids: {"loss": post_training_loss(model, input_ids, *how)}
 
 # %% ../../nbs/ship/07_posttraining.ipynb #170f0055
 def _set_steps(arguments: TrainingArguments, settings: PostTraining, checkpoint_tokens: int | None) -> None:

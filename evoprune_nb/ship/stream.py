@@ -83,12 +83,8 @@ def tuning_documents(
                 yield (epoch, number), document_tokens(tokenizer, document)
 
 # %% ../../nbs/ship/05_stream.ipynb #273d09d9
-def shuffled(
-    window: list,  # blocks
-    number: int,  # of the window
-    seed: int,  # of the training
-) -> list:
-    "The blocks of a window in random order."
+def shuffled(window: list, number: int, seed: int) -> list:
+    "The blocks of a window in random order, by its number and the training's seed."
     generator = torch.Generator().manual_seed(derive_seed(seed, "window", number))
     return [window[index] for index in torch.randperm(len(window), generator=generator).tolist()]
 

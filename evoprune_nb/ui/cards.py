@@ -126,12 +126,8 @@ def enable_buttons(
         update(part, disabled=not (able and commanded))
 
 # %% ../../nbs/ui/04_cards.ipynb #9662efcd
-def show_progress(
-    run: RunCard,  # the card
-    history: History,  # of the run
-    memory: int | None,  # bytes used by who drives it, where known
-) -> None:
-    "The run's numbers, and how far run and generation are."
+def show_progress(run: RunCard, history: History, memory: int | None) -> None:
+    "The run's numbers, how far run and generation are, and the driver's memory in bytes, where known."
     done, total, _ = history.progress
     here, whole = generation_progress(history)
     update(run.stats, value=stats_html(run_stats(history, memory)))
@@ -141,12 +137,8 @@ def show_progress(
     update(run.text_generation, value=quiet(f"generation: {here} of {whole} evaluations"))
 
 # %% ../../nbs/ui/04_cards.ipynb #892486d7
-def show_preparation(
-    run: RunCard,  # the card
-    built: int,  # units in the level database
-    units: int,  # that it will have; 0 when its build has not begun
-) -> None:
-    "How far the level database is, while there is no run."
+def show_preparation(run: RunCard, built: int, units: int) -> None:
+    "How far the level database is (of 0 units before its build begins), while there is no run."
     update(run.bar_run, max=float(max(units, 1)), value=float(built))
     update(run.text_run, value=quiet("level database" + (f": {built} of {units} units" if units else "")))
     update(run.text_generation, value=quiet("generation"))
@@ -182,12 +174,8 @@ class MomentCard:
             self.live.value = False
             self._changed()
 
-    def follow(
-        self,
-        n: int,  # complete generations
-        can_branch: bool,  # whether somebody takes the command
-    ) -> None:
-        "Let the slider have as many places as there are complete generations."
+    def follow(self, n: int, can_branch: bool) -> None:
+        "Let the slider have a place for each of `n` complete generations."
         self._following = True
         update(self.slider, disabled=n == 0, max=max(n, 1))
         if self.live.value:
@@ -230,10 +218,7 @@ class CandidateCard:
 HALF = "1 1 max(480px, 34%)"  # two cards in a line, or one
 
 # %% ../../nbs/ui/04_cards.ipynb #63bab49d
-def page(
-    head: widgets.Widget,  # the title line
-    cards: Iterable[widgets.Widget],  # in order
-) -> widgets.VBox:
+def page(head: widgets.Widget, cards: Iterable[widgets.Widget]) -> widgets.VBox:
     "The whole panel."
     layout = widgets.Layout(
         flex_flow="row wrap", grid_gap="12px", width="100%", align_items="stretch", overflow="visible")

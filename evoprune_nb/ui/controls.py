@@ -87,11 +87,8 @@ def _cell(unit, crowded: bool, click: Callable[[], None]) -> widgets.Button:
     return cell
 
 # %% ../../nbs/ui/02_controls.ipynb #d5bc19de
-def make_grid(
-    space: Space,  # which units there are
-    select: Callable[[int], None],  # takes the index of the unit whose cell is pressed
-) -> tuple[widgets.GridBox, list[widgets.Button]]:
-    "Layers × {attention, MLP}, and the cells by unit."
+def make_grid(space: Space, select: Callable[[int], None]) -> tuple[widgets.GridBox, list[widgets.Button]]:
+    "Layers × {attention, MLP}, and the cells by unit; `select` takes the unit whose cell is pressed."
     n = max(unit.layer for unit in space.units) + 1
     axes = [_axis("attention<br>heads", 1, 2), _axis("MLP<br>channels", 1, 3)]
     axes += [_axis(str(layer), layer + 2, 1) for layer in range(n)]
@@ -322,12 +319,9 @@ def _line(first: str, *rest: widgets.Widget) -> widgets.HBox:
 
 # %% ../../nbs/ui/02_controls.ipynb #cf325c1d
 class StageTable:
-    "The stage schedule as rows of three numbers."
+    "The stage schedule as rows of three numbers; `changed` is called when somebody edits."
 
-    def __init__(
-        self,
-        changed: Callable[[], None],  # called when somebody edits
-    ):
+    def __init__(self, changed: Callable[[], None]):
         self._changed, self._rows = changed, []
         resize = lambda by: self._resize(len(self._rows) + by)
         self.add = button("Add stage", "One more stage, at the end", lambda: resize(1), "plus")
@@ -388,12 +382,9 @@ def setting_fields() -> dict[str, widgets.Widget]:
 
 # %% ../../nbs/ui/02_controls.ipynb #604817fe
 class TargetFields:
-    "The size: a sparsity or a number of parameters, and limits on other costs."
+    "The size: a sparsity or a number of parameters, and limits on other costs, those named."
 
-    def __init__(
-        self,
-        measures: Collection[str],  # costs, besides parameters, that can be limited
-    ):
+    def __init__(self, measures: Collection[str]):
         tooltip = "What the target means: a share of structures to remove, or a number of parameters"
         self.kind = widgets.Dropdown(options=["sparsity", "params", "limits only"], tooltip=tooltip)
         tooltip = "Moving the target re-targets the parent by the cheapest level changes; the log says which"
@@ -466,11 +457,7 @@ def setting_commands(
 class ApplyTools:
     "When changed settings take effect, and what sends or undoes them."
 
-    def __init__(
-        self,
-        apply: Callable[[], None],  # sends the changed settings
-        undo: Callable[[], None],  # shows the settings in force again
-    ):
+    def __init__(self, apply: Callable[[], None], undo: Callable[[], None]):
         self.when = widgets.ToggleButtons(
             options=[("next generation", "next"), ("now", "now")], style={"button_width": "auto"},
             tooltips=["The generation under way is finished under the old settings",

@@ -64,12 +64,8 @@ class Moments:
     def __init__(self):
         self._kept: Moment | None = None
 
-    def after(
-        self,
-        history: History,  # of a run
-        n: int,  # complete generations of its line, from 1
-    ) -> Moment:
-        "The run as it was after so many generations."
+    def after(self, history: History, n: int) -> Moment:
+        "The run as it was after `n` complete generations of its line."
         branch, generation = history.line[n - 1]
         kept = self._kept
         if kept is None or (kept.branch, kept.generation) != (branch, generation):
@@ -80,10 +76,7 @@ class Moments:
 Part = tuple[object, Callable[[], str]]  # what it depends on, and what makes its HTML
 
 
-def text_parts(
-    moment: Moment,  # to be shown
-    code: str,  # of the candidate
-) -> dict[str, Part]:
+def text_parts(moment: Moment, code: str) -> dict[str, Part]:
     "The texts, which are made at once."
     view = moment.history
     return {
@@ -94,12 +87,8 @@ def text_parts(
     }
 
 # %% ../../nbs/ui/05_gallery.ipynb #0ea9dd6f
-def picture_parts(
-    moment: Moment,  # to be shown
-    code: str,  # of the candidate
-    fitness_view: str,  # relative, raw or log, as for `fitness_figure`
-) -> dict[str, Part]:
-    "The pictures."
+def picture_parts(moment: Moment, code: str, fitness_view: str) -> dict[str, Part]:
+    "The pictures; `fitness_view` is as for `fitness_figure`."
     view, branch, generation = moment.history, moment.branch, moment.generation
     parent, tokens_key = moment.parent, (branch, generation, view.finished, view.rules)
     return {

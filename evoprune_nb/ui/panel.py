@@ -131,11 +131,8 @@ _PAGE = {  # stand-in colour → colour of the page
 }
 
 # %% ../../nbs/ui/01_panel.ipynb #acd7ec65
-def picture(
-    figure: Figure,  # drawn with theme="page"
-    label: str,  # what it shows, for screen readers
-) -> str:
-    "A figure as HTML that follows the page's theme and width."
+def picture(figure: Figure, label: str) -> str:
+    "A figure drawn with theme=\"page\" as HTML of the page's theme and width; `label` is for screen readers."
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -181,10 +178,7 @@ def badge(status: str) -> str:
     return f'<span class="evo-badge evo-{escape(status)}">{escape(status)}</span>'
 
 # %% ../../nbs/ui/01_panel.ipynb #249bc51e
-def error_html(
-    error: str | None,  # traceback, or None
-    what: str = "The search failed:",  # words before it
-) -> str:
+def error_html(error: str | None, what: str = "The search failed:") -> str:
     "The last line of a traceback, with the rest folded away; empty without an error."
     if not error:
         return ""
@@ -193,10 +187,7 @@ def error_html(
     return f'<div class="evo-error" role="alert"><b>{escape(what)}</b> {escape(last)}{folded}</div>'
 
 # %% ../../nbs/ui/01_panel.ipynb #6a8112cc
-def table(
-    head: Sequence[str],  # column names
-    rows: Sequence[Sequence],  # cells, by row
-) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     "An HTML table; the first column is text, the others are numbers."
     cells = lambda row, tag: "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
@@ -222,11 +213,8 @@ def _shown_stage(history: History) -> int | None:
     return stage if stage is not None or here.empty else int(here.stage.iloc[-1])
 
 # %% ../../nbs/ui/01_panel.ipynb #c1a3a146
-def run_stats(
-    history: History,  # of a run
-    memory: int | None = None,  # bytes used by the process that drives it, where known
-) -> dict[str, str]:
-    "The numbers of the run card."
+def run_stats(history: History, memory: int | None = None) -> dict[str, str]:
+    "The numbers of the run card; `memory` is in bytes, where known."
     state, rules, stage = history.state, history.rules_in_force, _shown_stage(history)
     left = history.progress[2]
     used, seconds = sum(history.tokens.values()), history.seconds
@@ -246,11 +234,7 @@ def run_stats(
     }
 
 # %% ../../nbs/ui/01_panel.ipynb #061dae71
-def candidate_options(
-    history: History,  # of a run
-    generation: int,  # which one
-    branch: int,  # on which branch
-) -> list[tuple[str, str]]:
+def candidate_options(history: History, generation: int, branch: int) -> list[tuple[str, str]]:
     "(label, genome code) of every evaluated candidate of a generation: furthest first, then by fitness."
     frame = history.evaluations
     frame = frame[(frame.generation == generation) & (frame.branch == branch)]
@@ -274,10 +258,7 @@ _MEASURES = {  # measure → name, scale and unit for people
 }
 
 # %% ../../nbs/ui/01_panel.ipynb #6486defc
-def cost_rows(
-    genome: Genome,  # to compare
-    space: Space,  # what its levels cost
-) -> list[tuple[str, str, str, str]]:
+def cost_rows(genome: Genome, space: Space) -> list[tuple[str, str, str, str]]:
     "(measure, candidate, dense model, share) for every measure that the space knows."
     dense, rows = space.genome([0] * len(space.units)), []
     for measure, (name, scale, unit) in _MEASURES.items():
@@ -288,10 +269,7 @@ def cost_rows(
     return rows
 
 # %% ../../nbs/ui/01_panel.ipynb #98c8dc01
-def candidate_html(
-    genome: Genome,  # to compare
-    space: Space,  # what its levels cost
-) -> str:
+def candidate_html(genome: Genome, space: Space) -> str:
     "What a candidate costs, beside the dense model."
     rows = table(("", "candidate", "dense", "share"), cost_rows(genome, space))
     if "latency" in space.costs:
@@ -299,11 +277,8 @@ def candidate_html(
     return rows + '<p class="evo-quiet">No latency is estimated: this database has no measured latencies.</p>'
 
 # %% ../../nbs/ui/01_panel.ipynb #fb8fbe12
-def continuation_html(
-    prompt: str,  # as typed
-    texts: dict[str, str],  # name of the model → its continuation
-) -> str:
-    "What models make of a prompt, side by side."
+def continuation_html(prompt: str, texts: dict[str, str]) -> str:
+    "What models make of a prompt, side by side; `texts`: name of the model → its continuation."
     part = lambda name, text: f"<div><b>{escape(name)}</b><p><i>{escape(prompt)}</i>{escape(text)}</p></div>"
     return f'<div class="evo-pair">{"".join(part(*pair) for pair in texts.items())}</div>'
 

@@ -40,12 +40,8 @@ class Background:
         self._tasks: queue.Queue = queue.Queue()
         self._thread: threading.Thread | None = None
 
-    def submit(
-        self,
-        task: Callable[[], None],  # called in the thread
-        failed: Callable[[str], None],  # given the traceback, should it raise
-    ) -> None:
-        "Queue a task; returns at once."
+    def submit(self, task: Callable[[], None], failed: Callable[[str], None]) -> None:
+        "Queue a task; returns at once. `failed` is given the traceback, should it raise."
         self._tasks.put((task, failed))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="workbench tasks", daemon=True)
@@ -224,11 +220,8 @@ def run_status(driver: Driver) -> str:
     return run_state(driver.run_dir).get("status", "ready" if driver.worker else "empty")
 
 # %% ../../nbs/ui/03_session.ipynb #7e4a7261
-def driving_mode(
-    driver: Driver,  # of the run
-    begun: bool,  # whether the run has a generation
-) -> str:
-    "Whether one can steer, and if not, why."
+def driving_mode(driver: Driver, begun: bool) -> str:
+    "Whether one can steer, and if not, why; `begun`: whether the run has a generation."
     status = run_status(driver)
     if status == "preparing":
         return f"{driver.preparing} …"
@@ -262,11 +255,7 @@ def continue_prompt(
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/ui/03_session.ipynb #07ea498b
-def compare_continuations(
-    search: Search,  # made by a `Driver`
-    genome: Genome,  # of the candidate
-    prompt: str,  # text to go on from
-) -> dict[str, str]:
+def compare_continuations(search: Search, genome: Genome, prompt: str) -> dict[str, str]:
     "What the untuned candidate and the dense model make of a prompt."
     candidate = materialize(search.model, search.database, genome, trainable=False)
     models = {"candidate, untuned": candidate, "dense": search.model}

@@ -43,11 +43,7 @@ class Mailbox:
         self.driver = driver
         self._queued: list[tuple[dict, int]] = []  # commands sent, and the number of commands logged before
 
-    def send(
-        self,
-        command: dict,  # as `Search.send` takes it
-        history: History | None,  # of the run
-    ) -> bool:
+    def send(self, command: dict, history: History | None) -> bool:
         "Queue a command, and say so. Whether it was queued."
         tell, worker = self.driver.tell, self.driver.worker
         if worker is None:
@@ -85,12 +81,8 @@ class Steering:
         self.editor_box = to_come("the parent's units, to change by hand")
         self.form_box = to_come("the settings, to change while the search runs")
 
-    def follow(
-        self,
-        history: History,  # of the run
-        active: bool,  # whether somebody takes commands
-    ) -> None:
-        "Show what is true of the run now; what is being edited stays."
+    def follow(self, history: History, active: bool) -> None:
+        "Show what is true of the run now; what is being edited stays. `active`: somebody takes commands."
         rules, space, parent = history.rules, history.space, history.winner
         budget = plan_budget(space, rules.target)[0]
         if self.editor is None:
@@ -102,11 +94,8 @@ class Steering:
         self.form.follow(rules, active)
 
 # %% ../../nbs/ui/06_workbench.ipynb #0b0995da
-def drive(
-    bench: "Workbench",  # the panel
-    *commands: dict,  # that the worker takes first
-) -> None:
-    "Have the worker begin, in the background."
+def drive(bench: "Workbench", *commands: dict) -> None:
+    "Have the worker begin, in the background, with commands that it takes first."
     driver = bench.driver
     driver.tell("starting …")
 
