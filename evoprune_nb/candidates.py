@@ -15,7 +15,6 @@ from .database import LevelDatabase
 from .genome import Genome
 from .modeling import drop_sublayer, renumber_cache, shrink_attention, shrink_mlp
 from .models import Unit, decoder_layers, norm_names
-from .pruning import columns_of
 
 # %% ../nbs/09_candidates.ipynb #1427d947
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -40,6 +39,11 @@ def kv_index_of(
     return kv_heads, index.tolist()
 
 # %% ../nbs/09_candidates.ipynb #45a40900
+def _rows(heads: torch.Tensor, size: int) -> torch.Tensor:
+    "Rows of heads of `size` rows each."
+    return (heads[:, None] * size + torch.arange(size)).flatten()
+
+
 def _mlp_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
     both = torch.cat([kept, unit.n_structures + kept])
     return {"gate_proj": (0, kept), "up_proj": (0, kept), "gate_up_proj": (0, both), "down_proj": (1, kept)}
@@ -47,15 +51,19 @@ def _mlp_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Te
 
 def _attention_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
     kv_heads, _ = kv_index_of(kept, unit.n_structures // unit.n_kv_heads)
-    heads, kv = columns_of(kept, unit.structure_size), columns_of(kv_heads, unit.structure_size)
+    heads, kv = _rows(kept, unit.structure_size), _rows(kv_heads, unit.structure_size)
     n_query, n_key = unit.n_structures * unit.structure_size, unit.n_kv_heads * unit.structure_size
     joined = torch.cat([heads, n_query + kv, n_query + n_key + kv])
     inputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "qkv_proj": joined}
     return {part: (0, rows) for part, rows in inputs.items()} | {"o_proj": (1, heads)}
 
 
-def unit_slices(sublayer: nn.Module, unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
-    "For each linear layer of a dense unit: the dimension that shrinks, and the indices that stay, ascending."
+def unit_slices(
+    sublayer: nn.Module,  # the dense attention block or MLP
+    unit: Unit,  # what it is
+    kept: torch.Tensor,  # structures kept, ascending
+) -> dict[str, tuple[int, torch.Tensor]]:
+    "For each of its linear layers: the dimension that shrinks, and the indices that stay."
     slices = (_mlp_slices if unit.kind == "mlp" else _attention_slices)(unit, kept)
     return {part: where for part, where in slices.items() if hasattr(sublayer, part)}
 
@@ -69,8 +77,9 @@ def _own_sublayer(candidate: nn.Module, path: str) -> nn.Module:
     return sublayer
 
 
-def _shrink_unit(candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor,
-                 weight: torch.Tensor) -> None:
+def _shrink_unit(
+    candidate: nn.Module, model: nn.Module, unit: Unit, kept: torch.Tensor, weight: torch.Tensor
+) -> None:
     "Replace one unit of the candidate by its smaller version."
     sublayer, dense = _own_sublayer(candidate, unit.module), model.get_submodule(unit.module)
     if unit.kind == "attn":
@@ -127,7 +136,11 @@ def materialize(
     return candidate.eval()
 
 # %% ../nbs/09_candidates.ipynb #8b09169c
-def dense_state(candidate: nn.Module, model: nn.Module, units: list[Unit]) -> dict[str, torch.Tensor]:
+def dense_state(
+    candidate: nn.Module,  # from `materialize`
+    model: nn.Module,  # the dense model, for its shapes
+    units: list[Unit],  # its units
+) -> dict[str, torch.Tensor]:
     "The candidate's weights in the dense model's shapes: zeros where structures were removed."
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     where = {name: slice(None) for name in state}
