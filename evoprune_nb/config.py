@@ -10,6 +10,7 @@ __all__ = ['DEFAULT_STAGES', 'SearchConfig', 'present_settings', 'present_event'
 from dataclasses import dataclass, fields
 
 from .genome import Space
+from .machine.checks import check_choice, check_whole, shown
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage, check_stages, check_warm_start
 from .target import Target
@@ -39,10 +40,8 @@ class SearchConfig:
         _check_types(self)
         check_stages(self.stages, self.offspring)
         check_warm_start(self.warm_start, self.stages)
-        if self.fitness not in FITNESS:
-            raise ValueError(f"fitness {self.fitness!r} is unknown; use one of {', '.join(FITNESS)}")
-        if self.operator not in OPERATORS:
-            raise ValueError(f"operator {self.operator!r} is unknown; use one of {', '.join(OPERATORS)}")
+        check_choice("fitness", self.fitness, FITNESS)
+        check_choice("operator", self.operator, OPERATORS)
 
     @classmethod
     def from_dict(cls, row: dict) -> "SearchConfig":
@@ -54,22 +53,17 @@ class SearchConfig:
 
 # %% ../nbs/16_config.ipynb #fa041e2f
 _LEAST = {"generations": 1, "offspring": 1, "max_swaps": 1, "heldout_tokens": 0, "n_jobs": 1}
+_MOST = {"offspring": 10_000}  # more would take hours to find, and days to tune
 
 
 def _check_types(config: SearchConfig) -> None:
-    "Raise `ValueError` for a setting of the wrong type, or a number that is too small."
+    "Raise `ValueError` for a setting of the wrong type, or a number out of range."
     for name, kind in (("target", Target), ("training", Training)):
         if not isinstance(getattr(config, name), kind):
-            raise ValueError(f"{name} must be a {kind.__name__}; got {getattr(config, name)!r}")
+            raise ValueError(f"{name} must be a {kind.__name__}; got {shown(getattr(config, name))}")
     for name, least in _LEAST.items():
-        n = getattr(config, name)
-        if type(n) is not int or n < least:
-            raise ValueError(f"need {name} ≥ {least}, a whole number; got {n!r}")
-    if type(config.seed) is not int:
-        raise ValueError(f"seed must be a whole number; got {config.seed!r}")
-    whole = lambda stage: isinstance(stage, Stage) and all(type(n) is int for n in vars(stage).values())
-    if not all(map(whole, config.stages)):
-        raise ValueError(f"stages must be `Stage`s of whole numbers; got {config.stages!r}")
+        check_whole(name, getattr(config, name), least, _MOST.get(name))
+    check_whole("seed", config.seed)
 
 # %% ../nbs/16_config.ipynb #dfad7c31
 _RENAMED = {"at_once": "n_jobs", "max_flips": "max_swaps"}  # setting of version 0.1 → its name now

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'EMBEDDED_TEXT', 'documents', 'split_of', 'begin_tokens', 'document_tokens', 'pack_blocks', 'TokenPool',
-           'load_pools', 'derive_seed', 'wikipedia_sample']
+           'check_blocks', 'load_pools', 'derive_seed', 'wikipedia_sample']
 
 # %% ../nbs/01_data.ipynb #206bb016
 import bz2
@@ -17,8 +17,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from .machine.checks import check_whole, nearest, shown
 from .machine.fetch import WIKIPEDIA_SAMPLE, cached, fetch_embedded
 
 # %% ../nbs/01_data.ipynb #efe4e8e3
@@ -71,7 +73,8 @@ def _hub_rows(source: str, split: str) -> Iterable[dict]:
         return load_dataset(name, configuration or None, split=split, streaming=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"text source {source!r} is neither embedded ({', '.join(EMBEDDED_TEXT)}), nor a "
-                         f"local file, nor a dataset that could be reached: {error}") from error
+                         f"local file, nor a dataset that could be reached: {error}"
+                         f"{nearest(source, EMBEDDED_TEXT)}") from error
 
 # %% ../nbs/01_data.ipynb #f3b8c6b9
 def _naming_errors(rows: Iterable[dict], source: str | Path) -> Iterator[dict]:
@@ -85,6 +88,8 @@ def _naming_errors(rows: Iterable[dict], source: str | Path) -> Iterator[dict]:
 # %% ../nbs/01_data.ipynb #979219d2
 def _rows(source: str | Path, split: str) -> Iterator[dict]:
     "All rows of a source."
+    if not isinstance(source, str | Path) or not str(source).strip() or "\0" in str(source):
+        raise ValueError(f"text source must be an embedded name, a path or a dataset; got {shown(source)}")
     path = EMBEDDED_TEXT[source]() if source in EMBEDDED_TEXT else Path(source)
     if _ending(path) not in _READERS and not path.exists():
         yield from _naming_errors(_hub_rows(str(source), split), source)
@@ -185,6 +190,8 @@ class TokenPool:
 
     def require(self, n_tokens: int, epochs: int = 1) -> None:
         "Raise `ValueError` unless `n_tokens` can be drawn in `epochs` passes."
+        check_whole(f"{self.split} tokens", n_tokens)
+        check_whole("epochs", epochs, least=1)
         if n_tokens < self.seq_len:
             raise ValueError(f"{n_tokens:,} {self.split} tokens do not fill one block of {self.seq_len}; "
                              f"ask for at least {self.seq_len} or lower seq_len")
@@ -202,12 +209,13 @@ class TokenPool:
     ) -> torch.Tensor:
         "A seeded draw without repeats within an epoch: (n_blocks, seq_len), int64."
         self.require(n_tokens, epochs)
+        check_whole("seed", seed, least=-(2**63), most=2**64 - 1)
         return self.blocks[_order(len(self.blocks), n_tokens // self.seq_len, seed)].long()
 
     def cut(self, seq_len: int) -> "TokenPool":
         "The first `seq_len` tokens of every block, at most those there are."
         shortest = max(2, len(self.begin) + 1)
-        if not shortest <= seq_len <= self.seq_len:
+        if not shortest <= check_whole("seq_len", seq_len) <= self.seq_len:
             raise ValueError(f"blocks of {self.seq_len} {self.split} tokens can be cut to {shortest} or "
                              f"more, not to {seq_len}")
         return TokenPool(self.split, self.blocks[:, :seq_len], self.begin)
@@ -217,6 +225,25 @@ class TokenPool:
         begin = f" begins with {self.begin}" if self.begin else ""
         head = f"{self.split} {tuple(self.blocks.shape)}{begin}".encode()
         return hashlib.sha256(head + self.blocks.numpy().tobytes()).hexdigest()[:16]
+
+# %% ../nbs/01_data.ipynb #a5c5a435
+def check_blocks(
+    blocks: torch.Tensor,  # (n_blocks, seq) token ids
+    model: nn.Module,  # that is to read them
+) -> None:
+    "Raise `ValueError` unless blocks are an integer tensor of two dimensions, and the model has their tokens."
+    if not isinstance(blocks, torch.Tensor):
+        raise ValueError(f"blocks must be a tensor of token ids; got {type(blocks).__name__}")
+    if blocks.ndim != 2 or blocks.dtype not in (torch.int32, torch.int64):
+        found = f"{tuple(blocks.shape)} of {blocks.dtype}"
+        raise ValueError(f"blocks must be token ids, an integer tensor of shape (n_blocks, seq); got {found}")
+    if blocks.numel() == 0:
+        raise ValueError(f"blocks of shape {tuple(blocks.shape)} hold no tokens")
+    (low, high), n_tokens = blocks.aminmax(), model.get_input_embeddings().weight.shape[0]
+    if low < 0 or high >= n_tokens:
+        raise ValueError(
+            f"blocks hold token ids from {low} to {high}, but the model's go from 0 to {n_tokens - 1}; "
+            "tokenize the text with the model's own tokenizer")
 
 # %% ../nbs/01_data.ipynb #63b1d995
 def _read_splits(source: str | Path, column: str, tokenizer, needed: dict[str, int], split_seed: int,
@@ -255,6 +282,20 @@ def _check_enough(source: str | Path, split: str, n_wanted: int, n_found: int, n
                          f"{seq_len}; {hint}: give more text or lower seq_len")
 
 # %% ../nbs/01_data.ipynb #ad21fb3b
+def _wanted(tokens: dict[str, int | None] | None) -> dict[str, int | None]:
+    "Tokens by split; None for all there are. Raises `ValueError` for other splits and for other numbers."
+    if not isinstance(tokens, dict | None):
+        raise ValueError(f"tokens must be like {{'tuning': 65536}}, or None for all; got {shown(tokens)}")
+    wanted = dict.fromkeys(SPLITS) if tokens is None else dict(tokens)
+    if unknown := [split for split in wanted if split not in SPLITS]:
+        hint = f"there are {', '.join(SPLITS)}{nearest(unknown[0], SPLITS)}"
+        raise ValueError(f"unknown splits {unknown}; {hint}")
+    for split, n in wanted.items():
+        if n is not None:
+            check_whole(f"tokens of {split} (None for all there are)", n, least=1)
+    return wanted
+
+
 def load_pools(
     source: str | Path = "wikipedia-sample",  # as in `documents`
     tokenizer=None,  # the model's own tokenizer
@@ -266,13 +307,12 @@ def load_pools(
     progress: bool = True,  # show a bar
 ) -> dict[str, TokenPool]:
     "Token pools by split. Raises `ValueError` when a split has fewer tokens than asked for."
-    wanted, begin = dict.fromkeys(SPLITS) if tokens is None else dict(tokens), begin_tokens(tokenizer)
-    if unknown := set(wanted) - set(SPLITS):
-        raise ValueError(f"unknown splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
-    if (size := seq_len - len(begin)) < 1:
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer must be the model's own, as `load_model` gives it; got {shown(tokenizer)}")
+    wanted, begin = _wanted(tokens), begin_tokens(tokenizer)
+    if (size := check_whole("seq_len", seq_len) - len(begin)) < 1:
         raise ValueError(f"blocks of seq_len={seq_len} have no room for text{' behind BOS' * bool(begin)}")
-    if wrong := {split: n for split, n in wanted.items() if n is not None and n < 1}:
-        raise ValueError(f"tokens of a split must be at least 1, or None for all there are; got {wrong}")
+    check_whole("at_most", at_most, least=1)
     needed = {split: -(-(at_most if n is None else n) // seq_len) * size for split, n in wanted.items()}
     texts, n_documents = _read_splits(source, column, tokenizer, needed, split_seed, progress)
     pools = {}

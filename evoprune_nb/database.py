@@ -11,7 +11,6 @@ __all__ = ['FORMAT_VERSION', 'write_manifest', 'read_manifest', 'store_unit', 'i
 import copy
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -29,12 +28,13 @@ from torch import nn
 from tqdm import tqdm
 
 from .costs import CONTEXT_TOKENS
-from .data import TokenPool, load_pools
+from .data import TokenPool, check_blocks, load_pools
 from .genome import Space, level_grid, make_space
 from .machine.allocator import keep_freed_memory
+from .machine.checks import check_number, check_whole
 from .machine.files import read_json, replace_file, sha256_file, write_json
 from .machine.lock import DirectoryLock, contents
-from .models import Unit, load_model, model_fingerprint, prunable_units
+from .models import Unit, load_model, model_fingerprint, non_finite, prunable_units
 from .pruning import PrunedUnit, collect_hessians, kept_structures, prune_unit
 
 # %% ../nbs/07_database.ipynb #92bb2332
@@ -247,22 +247,11 @@ class LevelDatabase(UnitFiles):
 # %% ../nbs/07_database.ipynb #299fbf53
 def _check_arguments(model: nn.Module, blocks: torch.Tensor, damping: float, batch_size: int) -> None:
     "Raise `ValueError` for what no build can use."
-    if not isinstance(blocks, torch.Tensor):
-        raise ValueError(f"blocks must be a tensor of token ids; got {type(blocks).__name__}")
-    if blocks.ndim != 2 or blocks.dtype not in (torch.int32, torch.int64):
-        found = f"{tuple(blocks.shape)} of {blocks.dtype}"
-        raise ValueError(f"blocks must be token ids, an integer tensor of shape (n_blocks, seq); got {found}")
-    if blocks.numel() == 0:
-        raise ValueError(f"blocks of shape {tuple(blocks.shape)} hold no tokens to calibrate on")
-    (low, high), n_tokens = blocks.aminmax(), model.get_input_embeddings().weight.shape[0]
-    if low < 0 or high >= n_tokens:
-        raise ValueError(
-            f"blocks hold token ids from {low} to {high}, but the model's go from 0 to {n_tokens - 1}; "
-            "tokenize the text with the model's own tokenizer")
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise ValueError(f"damping={damping!r}: a number of at least 0 is needed, such as 0.01")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: a whole number of at least 1 is needed")
+    check_blocks(blocks, model)
+    check_number("damping", damping, least=0)
+    check_whole("batch_size", batch_size, least=1)
+    if bad := non_finite(model):
+        raise ValueError(f"the model holds NaN or infinite values in {', '.join(bad[:5])}")
 
 # %% ../nbs/07_database.ipynb #6fb77839
 def _stored_bytes(model: nn.Module, unit: Unit, removed: Sequence[int]) -> int:
@@ -448,6 +437,9 @@ def plan_calibration(
     offload_bytes: int | None = None,  # limit for stored hidden states alone; None: they share memory_bytes
 ) -> CalibrationPlan:
     "The fewest passes within the limit. Raises `ValueError` when not even one Hessian fits."
+    for name, limit in {"memory_bytes": memory_bytes, "offload_bytes": offload_bytes}.items():
+        if limit is not None:
+            check_whole(name, limit, least=0 if name == "offload_bytes" else 1)
     ordered = sorted(units, key=lambda unit: (unit.layer, unit.kind))
     everything = _hessian_bytes(units)
     if memory_bytes is None or everything <= memory_bytes:

@@ -27,6 +27,7 @@ from .database import LevelDatabase
 from .genome import Genome
 from .losses import cross_entropy, final_hidden, head_is_linear, kl_divergence, perplexity
 from .machine.allocator import keep_freed_memory
+from .machine.checks import check_choice, check_whole
 from .machine.threads import in_order, widths
 from .models import decoder_layers
 from .pruning import layer_span
@@ -94,8 +95,7 @@ def check_fitness(
     fitness: str,  # of `FITNESS`
 ) -> None:
     "Raise `ValueError` for an unknown fitness, or a model that cannot be scored."
-    if fitness not in FITNESS:
-        raise ValueError(f"fitness {fitness!r} is unknown; use one of {', '.join(FITNESS)}")
+    check_choice("fitness", fitness, FITNESS)
     if not head_is_linear(model):
         raise ValueError(
             f"{type(model).__name__} scales or caps its logits after the head; "
@@ -119,6 +119,8 @@ class Evaluator:
         n_jobs: int = 1,  # candidates evaluated at a time, each with its share of the cores
     ):
         check_fitness(model, fitness)
+        for name, n in {"seed": seed, "batch_size": batch_size, "n_jobs": n_jobs}.items():
+            check_whole(name, n, None if name == "seed" else 1)
         check_warm_start(warm_start, stages)
         check_text(pools, stages)
         self.model, self.database, self.pools, self.stages = model, database, pools, tuple(stages)

@@ -6,6 +6,7 @@
 __all__ = ['MAX_LEVELS', 'HEAD_MODES', 'Genome', 'equal_levels', 'level_grid', 'Grid', 'Costs', 'Space', 'make_space']
 
 # %% ../nbs/03_genome.ipynb #4e34292c
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from functools import cached_property
 from torch import nn
 
 from .costs import CONTEXT_TOKENS, MEASURES, fixed_costs, unit_costs
+from .machine.checks import check_choice, check_whole, shown
 from .machine.files import sha256_json
 from .models import Unit
 
@@ -25,6 +27,14 @@ def _digits(levels: Sequence[int]) -> str:
     return "".join(_DIGITS[level] for level in levels)
 
 
+def _levels(levels: Sequence[int]) -> tuple[int, ...]:
+    "Whole numbers as plain ones. Raises `ValueError` for anything else."
+    try:
+        return tuple(map(operator.index, levels))
+    except TypeError:
+        raise ValueError(f"levels must be whole numbers, one per unit; got {shown(levels)}") from None
+
+
 @dataclass(frozen=True)
 class Genome:
     "One level per unit: attention units and MLPs, each by layer."
@@ -32,10 +42,10 @@ class Genome:
     mlp: tuple[int, ...]  # levels of the MLPs
 
     def __post_init__(self):
-        object.__setattr__(self, "attn", tuple(int(level) for level in self.attn))
-        object.__setattr__(self, "mlp", tuple(int(level) for level in self.mlp))
+        object.__setattr__(self, "attn", _levels(self.attn))
+        object.__setattr__(self, "mlp", _levels(self.mlp))
         if any(not 0 <= level < MAX_LEVELS for level in self.levels):
-            raise ValueError(f"levels must lie between 0 and {MAX_LEVELS - 1}; got {self.levels}")
+            raise ValueError(f"levels must lie between 0 and {MAX_LEVELS - 1}; got {shown(self.levels)}")
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -53,6 +63,8 @@ class Genome:
     @classmethod
     def parse(cls, code: str) -> "Genome":
         "The genome of a `code`. Raises `ValueError` for other text."
+        if not isinstance(code, str):
+            raise ValueError(f"the code of a genome is text, like '0123/4560'; got {shown(code)}")
         attn, slash, mlp = code.partition("/")
         if not slash or (wrong := set(attn + mlp) - set(_DIGITS)):
             found = f"; it has {sorted(wrong)}" if slash else ""
@@ -113,12 +125,14 @@ def level_grid(
     custom: dict[str, Sequence[int]] | None = None,  # "attn"/"mlp" → structures removed per level
 ) -> tuple[tuple[int, ...], ...]:
     "Structures removed per level, for each unit. Raises `ValueError` for a grid that a unit cannot have."
-    if heads not in HEAD_MODES:
-        raise ValueError(f"heads={heads!r} is unknown; use one of {', '.join(HEAD_MODES)}")
-    if n_levels < 2:
-        raise ValueError(f"n_levels={n_levels}: at least 2 steps are needed")
-    if unknown := set(custom or {}) - {"attn", "mlp"}:
-        raise ValueError(f"grid for {', '.join(sorted(unknown))}: kinds of units are attn and mlp")
+    check_choice("heads", heads, HEAD_MODES)
+    check_whole("n_levels", n_levels, least=2, most=1000)
+    if not isinstance(custom, dict | None):
+        raise ValueError(f"grid must be like {{'mlp': [0, 40, 80]}}; got {shown(custom)}")
+    for kind, levels in (custom or {}).items():
+        check_choice("kind of units in grid", kind, ("attn", "mlp"))
+        if not isinstance(levels, Sequence) or not levels or any(type(k) is not int for k in levels):
+            raise ValueError(f"grid for {kind} must be whole numbers of structures; got {shown(levels)}")
     grid = []
     for unit in units:
         step = _head_step(unit, heads)
@@ -271,8 +285,7 @@ def make_space(
     context_tokens: int = CONTEXT_TOKENS,  # length of context that "flops" and "kv_bytes" are counted at
 ) -> Space:
     "The space of a model; costs are counted from its shapes."
-    if context_tokens < 1:
-        raise ValueError(f"context_tokens={context_tokens}: a context has at least 1 token")
+    check_whole("context_tokens", context_tokens, least=1)
     kept = [[unit.n_structures - gone for gone in levels] for unit, levels in zip(units, removed)]
     if kv_kept is None:
         kv_kept = [

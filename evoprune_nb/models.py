@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .machine.attention import use_attention_in_blocks
+from .machine.checks import nearest, shown
 from .machine.device import resolve_device, resolve_dtype
 from .machine.fetch import SMOLLM2_GGUF, cached, fetch_embedded
 
@@ -43,7 +44,8 @@ def load_weights(
     "A model with all its weights. Raises `ValueError` for missing, damaged, misfitting or NaN tensors."
     try:
         model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **options)  # refused below
+            source, output_loading_info=True, use_safetensors=True,  # no pickles
+            ignore_mismatched_sizes=True, **options)  # refused below
     except SafetensorError as error:
         raise ValueError(f"the weights in {source} are damaged: {error}") from error
     if other := sorted(name for name, *_ in info["mismatched_keys"]):
@@ -57,6 +59,8 @@ def load_weights(
 # %% ../nbs/00_models.ipynb #0b86ff17
 def _locate(name: str) -> str:
     "The local directory or hub id of a model. Raises `ValueError` for a directory that holds no model."
+    if not isinstance(name, str | Path) or not str(name).strip() or "\0" in str(name):
+        raise ValueError(f"a model is an embedded name, a directory or a hub id; got {shown(name)}")
     source = str(EMBEDDED_MODELS[name]()) if name in EMBEDDED_MODELS else str(name)
     if source.startswith((".", "/", "~")):
         source = str(Path(source).expanduser())
@@ -67,13 +71,16 @@ def _locate(name: str) -> str:
     return source
 
 # %% ../nbs/00_models.ipynb #265e3aa2
-def _unreachable(name: str, source: str, error: OSError) -> str:
+def _unreachable(name: str, source: str, error: Exception) -> str:
     "What to say of a model that could not be read."
-    reason = str(error).splitlines()[0]
+    reason = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, OSError):
+        reason = f"{type(error).__name__}: {reason}"
     if Path(source).is_dir():
         return f"the model in {source} cannot be read: {reason}"
     return (f"no model {name!r}: it is neither an embedded model ({', '.join(EMBEDDED_MODELS)}), "
-            f"nor a local directory with config.json, nor a hub id that could be reached ({reason})")
+            f"nor a local directory with config.json, nor a hub id that could be reached ({reason})"
+            + nearest(name, EMBEDDED_MODELS))
 
 # %% ../nbs/00_models.ipynb #7cdec28d
 def load_model(
@@ -95,7 +102,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         options |= dict(dtype=dtype, attn_implementation=attn_implementation)
         model = load_weights(AutoModelForCausalLM, source, **options)
-    except OSError as error:
+    except Exception as error:  # tokenizers and configurations have errors of their own, without the file
+        if isinstance(error, ValueError) and source in str(error) or isinstance(error, MemoryError):
+            raise
         raise ValueError(_unreachable(name, source, error)) from error
     if attn_implementation is None:
         use_attention_in_blocks(model)

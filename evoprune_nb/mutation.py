@@ -10,6 +10,7 @@ import random
 from collections.abc import Collection
 
 from .genome import Genome, Space
+from .machine.checks import check_choice, check_whole
 from .target import Budget
 
 # %% ../nbs/05_mutation.ipynb #6af30db5
@@ -135,15 +136,15 @@ def make_offspring(
     max_tries: int = 1000,  # draws per offspring before giving up
 ) -> list[Genome]:
     "`n` distinct offspring within the budget, none the parent. Raises `MutationError` if too few are found."
-    if operator not in OPERATORS:
-        raise ValueError(f"mutation operator {operator!r} is unknown; there are {', '.join(OPERATORS)}")
-    found: dict[Genome, None] = {}
-    for _ in range(n * max_tries):
-        if len(found) == n:
+    check_choice("operator", operator, OPERATORS)
+    check_whole("max_swaps", max_swaps, least=1, most=sum(map(len, space.removed)))
+    found, latest = {}, 0
+    for draw in range(check_whole("offspring", n, least=1) * max_tries):
+        if len(found) == n or draw - latest > 20 * max_tries:
             break
         child = OPERATORS[operator](parent, space, budget, rng, max_swaps, frozen)
-        if child != parent and budget.contains(space, child):
-            found[child] = None
+        if child != parent and child not in found and budget.contains(space, child):
+            found[child], latest = None, draw
     if len(found) < n:
         raise MutationError(
             f"only {len(found)} of {n} distinct offspring were found within {budget} "

@@ -95,6 +95,8 @@ def _damped(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     "Float64 copies of W and H, with dead inputs and damping taken care of."
     wide = torch.float64 if hessian.device.type != "mps" else torch.float32  # Apple GPUs have no float64
     weight, hessian = weight.detach().to(wide, copy=True), hessian.to(wide, copy=True)
+    if not torch.isfinite(weight.sum()):
+        raise ValueError("the weight has NaN or infinite entries; load a checkpoint that has none")
     if not torch.isfinite(hessian.sum()):  # in float64, a sum of finite float32 numbers is finite
         raise ValueError("the Hessian has non-finite entries: the dense model overflows on the calibration "
                          "text; try dtype float32 or bfloat16")
@@ -269,6 +271,16 @@ def kept_structures(order: torch.Tensor, removed: int) -> torch.Tensor:
     return order[removed:].sort().values
 
 # %% ../nbs/06_pruning.ipynb #2d62d7f4
+def _check_shapes(weight: torch.Tensor, hessian: torch.Tensor, removed: Sequence[int], size: int) -> None:
+    "Raise `ValueError` for tensors and levels that do not fit together."
+    n = weight.shape[-1]
+    if weight.ndim != 2 or hessian.shape != (n, n) or n % size:
+        shapes = f"{tuple(weight.shape)}, {tuple(hessian.shape)} and size {size}"
+        raise ValueError(f"need a weight (out, in), a Hessian (in, in), structures that divide in; got {shapes}")
+    if not removed or min(removed) < 0 or max(removed) > n // size:
+        raise ValueError(f"{n // size} structures can be removed; got {removed}")
+
+
 def prune_unit(
     weight: torch.Tensor,  # (out, in) scored matrix
     hessian: torch.Tensor,  # (in, in) from `collect_hessians`
@@ -279,8 +291,14 @@ def prune_unit(
     damping: float = 0.01,  # share of the mean of diag(H) that is added to it
 ) -> PrunedUnit:
     "One linear layer at all its levels, by second-order structured pruning, in the dtype of `weight`."
+    _check_shapes(weight, hessian, removed, size)
     wide, damped = _damped(weight, hessian, damping)
-    order = _removal_order(wide, damped, size, n_kv_heads, heads)
+    try:
+        order = _removal_order(wide, damped, size, n_kv_heads, heads)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the Hessian is not positive definite with damping={damping}; take more, such as 0.01, "
+            "or more calibration text") from error
     weights, errors = _level_weights(wide, damped, order, removed, size, weight.dtype)
     return PrunedUnit(order.cpu(), weights, errors)
 

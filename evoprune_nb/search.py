@@ -35,6 +35,7 @@ from .genome import Genome, Space, level_grid, make_space
 from .latency_table import with_stored_latency
 from .losses import block_losses
 from .machine.allocator import keep_freed_memory
+from .machine.checks import shown
 from .machine.device import provenance
 from .machine.lock import DirectoryBusy, DirectoryLock, contents
 from .models import model_fingerprint, prunable_units
@@ -175,6 +176,14 @@ def create_run(
         raise ValueError(f"run directory {run_dir} cannot be written: {error}") from error
 
 # %% ../nbs/20_search.ipynb #0a8d2ddb
+def _flat(value, path: str) -> dict[str, object]:
+    "Settings within settings by their path, like config.training.lr."
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(parts, dict) or not parts:
+        return {path: value}
+    return {name: leaf for key, part in parts.items() for name, leaf in _flat(part, f"{path}.{key}").items()}
+
+
 def check_same_search(
     run_dir: Path,  # with a `config.json`
     mine: dict,  # config and fingerprints of the search that is to go on in it
@@ -182,10 +191,13 @@ def check_same_search(
     "Raise `ValueError` with all that differs when a run directory is of another search."
     theirs = read_settings(run_dir)
     config, _ = parse_settings(run_dir, theirs)  # what an earlier version lacks has its default
-    theirs["config"] = plain_json(asdict(config))
+    there, here = (_flat(row["config"], "config") for row in (theirs, mine))
+    mine, made_of = mine["fingerprints"], theirs["fingerprints"]
+    there |= {f"fingerprints.{name}": made_of.get(name) for name in mine}
+    here |= {f"fingerprints.{name}": value for name, value in mine.items()}
     if differing := [
-        f"{part}.{key} ({theirs[part].get(key)!r} there, {mine[part][key]!r} here)"
-        for part in mine for key in mine[part] if theirs[part].get(key) != mine[part][key]
+        f"{key} ({shown(there.get(key))} there, {shown(here.get(key))} here)"
+        for key in here | there if there.get(key) != here.get(key)
     ]:
         raise ValueError(
             f"{run_dir} holds a different search: {'; '.join(differing)}. "

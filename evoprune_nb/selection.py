@@ -13,6 +13,7 @@ from typing import Protocol
 
 from .data import TokenPool
 from .genome import Genome
+from .machine.checks import check_whole, shown
 
 # %% ../nbs/13_selection.ipynb #30560d12
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Stage:
     survivors: int  # candidates left afterwards
     tuning_tokens: int  # tokens each candidate has been trained on when it is scored; 0 for none
     scoring_tokens: int  # tokens of the fitness
+
+    def __post_init__(self):
+        check_whole("survivors of a stage", self.survivors, least=1)
+        check_whole("tuning_tokens of a stage", self.tuning_tokens, least=0)
+        check_whole("scoring_tokens of a stage", self.scoring_tokens, least=1)
 
     def drawn(self, seq_len: int) -> "Stage":
         "The stage with the tokens that whole blocks of `seq_len` give it, or one shorter block to score."
@@ -39,12 +45,12 @@ def check_stages(
     offspring: int,  # candidates that enter the first stage
 ) -> None:
     "Raise `ValueError` unless the stages narrow down to one survivor."
-    counts = [offspring, *(stage.survivors for stage in stages)]
+    if not isinstance(stages, list | tuple) or not all(isinstance(stage, Stage) for stage in stages):
+        raise ValueError(f"stages must be a tuple of `Stage`s; got {shown(stages)}")
+    counts = [check_whole("offspring", offspring, least=1), *(stage.survivors for stage in stages)]
     if not stages or counts[-1] != 1 or any(a < b for a, b in zip(counts, counts[1:])):
         raise ValueError(
             f"stages must narrow {offspring} offspring down to 1 survivor; got survivors {counts[1:]}")
-    if any(stage.tuning_tokens < 0 or stage.scoring_tokens < 1 for stage in stages):
-        raise ValueError("every stage needs scoring_tokens ≥ 1 and tuning_tokens ≥ 0")
 
 # %% ../nbs/13_selection.ipynb #4fadeea5
 def check_warm_start(
@@ -73,6 +79,9 @@ def check_text(
     stages: Sequence[Stage],  # in order
 ) -> None:
     "Raise `ValueError` when there is too little text for a stage."
+    needed = ["scoring"] + ["tuning"] * any(stage.tuning_tokens for stage in stages)
+    if missing := [name for name in needed if name not in pools]:
+        raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
     for stage in stages:
         scoring_pool(pools, stage).require(stage.scoring_tokens)
         if stage.tuning_tokens:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from .config import ActiveConfig
 from .costs import MEASURES
 from .genome import Genome, Space
+from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage
 from .target import plan_budget
@@ -85,21 +86,13 @@ def apply_command(
     return config
 
 # %% ../nbs/18_steering.ipynb #eb3d556a
-def _whole(setting: str, value) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{setting} must be a whole number; got {value!r}")
-    return value
-
-
 def _real(setting: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{setting} must be a number; got {value!r}")
-    return float(value)
+    return float(check_number(setting, value))
 
 
 def _name(setting: str, value) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{setting} must be a name; got {value!r}")
+        raise ValueError(f"{setting} must be a name; got {shown(value)}")
     return value
 
 # %% ../nbs/18_steering.ipynb #441d4b12
@@ -128,7 +121,7 @@ def _stage_rows(setting: str, value) -> list[dict]:
 
 # %% ../nbs/18_steering.ipynb #6e760019
 _CHECKS = {  # setting → function of (setting, value), to the value as JSON
-    "offspring": _whole, "max_swaps": _whole, "generations": _whole, "params": _whole,
+    "offspring": check_whole, "max_swaps": check_whole, "generations": check_whole, "params": check_whole,
     "lr": _real, "sparsity": _real, "operator": _name, "fitness": _name,
     "limits": _limits, "stages": _stage_rows,
 }
@@ -141,11 +134,6 @@ def _checked_value(setting: str, value):
     return _CHECKS[setting](setting, value)
 
 # %% ../nbs/18_steering.ipynb #f30929cd
-def _one_of(what: str, value, known) -> None:
-    if value not in known:
-        raise ValueError(f"{what} {value!r} is unknown; use one of {', '.join(known)}")
-
-
 def _check_text(text) -> None:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a note needs text; got {text!r}")
@@ -185,10 +173,10 @@ def _checked_genome(genome: Genome | str, config: ActiveConfig, space: Space) ->
 def _checked_fields(row: dict, config: ActiveConfig, space: Space) -> dict:
     "The fields of a complete command, as they are logged."
     if "when" in row:
-        _one_of("when", row["when"], ("next", "now"))
+        check_choice("when", row["when"], ("next", "now"))
     match row["command"]:
         case "step":
-            _one_of("what", row["what"], ("evaluation", "generation"))
+            check_choice("what", row["what"], ("evaluation", "generation"))
         case "note":
             _check_text(row["text"])
         case "branch":
@@ -198,7 +186,7 @@ def _checked_fields(row: dict, config: ActiveConfig, space: Space) -> dict:
         case "freeze" | "thaw":
             return row | {"units": _checked_units(row["units"], space)}
         case "set":
-            _one_of("setting", row["setting"], SETTINGS)
+            check_choice("setting", row["setting"], SETTINGS)
             return row | {"value": _checked_value(row["setting"], row["value"])}
     return row
 
@@ -208,14 +196,15 @@ def _complete(command: dict) -> dict:
     if not isinstance(command, dict) or "command" not in command:
         raise ValueError(f'a command is a dict like {{"command": "pause"}}; got {command!r}')
     name = command["command"]
-    _one_of("command", name, COMMANDS)
+    check_choice("command", name, COMMANDS)
     known = COMMANDS[name].fields
     defaults = {"what": "evaluation"} if name == "step" else {"when": "next"} if "when" in known else {}
     row = {"command": name} | defaults | command
     if missing := [field for field in known if field not in row]:
         raise ValueError(f"{name!r} needs {', '.join(missing)}: {known[missing[0]]}")
     if unknown := [field for field in row if field != "command" and field not in known]:
-        raise ValueError(f"{name!r} has no field {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        hint = f"it has {', '.join(known) or 'none'}{nearest(unknown[0], known)}"
+        raise ValueError(f"{name!r} has no field {unknown[0]!r}; {hint}")
     return row
 
 # %% ../nbs/18_steering.ipynb #1c56f3f8

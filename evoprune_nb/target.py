@@ -13,21 +13,14 @@ from itertools import product
 
 from .costs import MEASURES
 from .genome import Genome, Space
+from .machine.checks import check_choice, check_number, check_whole, shown
 
 # %% ../nbs/04_target.ipynb #efa4cf31
-def _is_number(value: object) -> bool:
-    "Whether a value is a finite number."
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_limits(limits: dict[str, float]) -> None:
     "Raise `ValueError` for a limit that makes no sense."
     for measure, share in limits.items():
-        if measure not in MEASURES:
-            raise ValueError(f"limit on {measure!r} is unknown; there are {', '.join(MEASURES)}")
-        if not _is_number(share) or not 0 < share <= 1:
-            raise ValueError(f"limit on {measure} must be a share of the dense model's cost, above 0 and at "
-                             f"most 1; got {share!r}")
+        check_choice("limit on", measure, MEASURES)
+        check_number(f"limit on {measure}, as a share of the dense model's cost,", share, above=0, most=1)
 
 # %% ../nbs/04_target.ipynb #aa3b9179
 CAPS = {  # name → (kind of unit, whether it is the largest or the smallest number of structures kept)
@@ -41,10 +34,8 @@ CAPS = {  # name → (kind of unit, whether it is the largest or the smallest nu
 def _check_caps(caps: dict[str, int]) -> None:
     "Raise `ValueError` for caps that make no sense, alone or together."
     for name, n in caps.items():
-        if name not in CAPS:
-            raise ValueError(f"cap {name!r} is unknown; there are {', '.join(CAPS)}")
-        if type(n) is not int or n < 0:
-            raise ValueError(f"cap {name} must be a whole number of structures; got {n!r}")
+        check_choice("cap", name, CAPS)
+        check_whole(f"cap {name}", n, least=0)
     for low, high in (("min_width", "max_width"), ("min_heads", "max_heads")):
         if low in caps and high in caps and caps[low] > caps[high]:
             raise ValueError(f"caps contradict: {low} {caps[low]} > {high} {caps[high]}")
@@ -61,12 +52,11 @@ class Target:
 
     def __post_init__(self):
         if not isinstance(self.limits, dict) or not isinstance(self.caps, dict):
-            raise ValueError(f"limits and caps must be dicts; got {self.limits!r} and {self.caps!r}")
+            raise ValueError(f"limits and caps must be dicts; got {shown(self.limits)} and {shown(self.caps)}")
         _check_limits(self.limits)
         _check_caps(self.caps)
         _check_size(self.sparsity, self.params, self.limits)
-        if not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
-            raise ValueError(f"tolerance must be a share from 0 to below 1; got {self.tolerance!r}")
+        check_number("tolerance, a share of the limits,", self.tolerance, least=0, below=1)
 
 
 def _check_size(sparsity: float | None, params: int | None, limits: dict[str, float]) -> None:
@@ -74,13 +64,13 @@ def _check_size(sparsity: float | None, params: int | None, limits: dict[str, fl
     if sparsity is None and params is None and not limits:
         raise ValueError("nothing limits the size: give either sparsity or params, or limits")
     if sparsity is not None and params is not None:
-        raise ValueError(f"give either sparsity or params; got {sparsity} and {params}")
+        raise ValueError(f"give either sparsity or params; got {shown(sparsity)} and {shown(params)}")
     if "params" in limits and (sparsity is not None or params is not None):
         raise ValueError("give the number of parameters once: as sparsity, as params, or in limits")
-    if sparsity is not None and not (_is_number(sparsity) and 0 <= sparsity <= 1):
-        raise ValueError(f"sparsity must be a share of the structures, 0 to 1; got {sparsity!r}")
-    if params is not None and not (_is_number(params) and params >= 0):
-        raise ValueError(f"params must be a number of parameters, not negative; got {params!r}")
+    if sparsity is not None:
+        check_number("sparsity, a share of the structures,", sparsity, least=0, most=1)
+    if params is not None:
+        check_whole("params, the largest number of parameters,", params, least=0)
 
 # %% ../nbs/04_target.ipynb #d995b9fb
 def levels_within(space: Space, unit: int, caps: dict[str, int]) -> list[int]:

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from .data import TokenPool, derive_seed
+from .data import TokenPool, check_blocks, derive_seed
 from .losses import head_is_linear, next_token_loss
 from .machine.allocator import keep_freed_memory
+from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .machine.files import replace_file
 from .machine.portions import joined, part_size, row_groups, works_by_element
 
@@ -33,12 +34,12 @@ UNUSABLE = ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Rprop")  # of torch.opt
 
 def _check_optimizer(name: str) -> None:
     "Raise `ValueError` unless a first-order optimizer of torch has that name."
-    optimizer = getattr(torch.optim, name, None)
-    is_optimizer = inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)
-    if not is_optimizer or name in UNUSABLE:
+    classes = inspect.getmembers(torch.optim, inspect.isclass)
+    usable = [n for n, kind in classes if issubclass(kind, torch.optim.Optimizer) and n not in UNUSABLE]
+    if name not in usable:
         raise ValueError(
-            f"optimizer {name!r} is not usable here; "
-            "take a first-order class of torch.optim such as 'AdamW', 'SGD' or 'Adafactor'")
+            f"optimizer {shown(name)} is not usable here; take a first-order class of torch.optim such as "
+            f"'AdamW', 'SGD' or 'Adafactor'{nearest(name, usable)}")
 
 # %% ../nbs/12_training.ipynb #b7095616
 @dataclass(frozen=True)
@@ -54,13 +55,12 @@ class Training:
 
     def __post_init__(self):
         _check_optimizer(self.optimizer)
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule {self.schedule!r} is unknown; use 'constant' or 'cosine'")
-        positive = self.lr > 0 and self.batch_size >= 1 and self.max_grad_norm > 0
-        if not (positive and 0 <= self.warmup < 1 and self.weight_decay >= 0):
-            raise ValueError(
-                "need lr > 0, batch_size ≥ 1, 0 ≤ warmup < 1, weight_decay ≥ 0 and max_grad_norm > 0; "
-                f"got {self}")
+        check_choice("schedule", self.schedule, ("constant", "cosine"))
+        check_number("lr", self.lr, above=0)
+        check_whole("batch_size", self.batch_size, least=1)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("warmup", self.warmup, least=0, below=1)
+        check_number("max_grad_norm", self.max_grad_norm, above=0)
 
     def lr_at(self, step: int, n_steps: int) -> float:
         "The learning rate of step `step` (from 0) of `n_steps`."
@@ -174,8 +174,10 @@ def train(
         raise ValueError(
             "this candidate shares weights with the dense model, for scoring only; "
             "materialize it with trainable=True to train it")
+    check_whole("checkpoint_every", checkpoint_every, least=1)
     if optimizer is None:
         _check_trainable(model)
+        check_blocks(blocks, model)
     model.requires_grad_(True)
     result, optimizer = TrainingResult(), optimizer or MasterOptimizer(model, settings)
     batches = blocks.split(settings.batch_size)

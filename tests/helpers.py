@@ -2,6 +2,8 @@
 import gc
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -150,3 +152,16 @@ def peak_of_tensors(action) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def unchanged_below(folder: Path) -> Iterator[None]:
+    "No file or folder below appears, goes or changes; the file of a lock may come, and stays."
+    def seen() -> dict[Path, tuple[int, int] | None]:
+        paths = [path for path in folder.rglob("*") if path.name != "writer.lock"]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
+
+    before = seen()
+    yield
+    after = seen()
+    assert after == before, {path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)}

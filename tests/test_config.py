@@ -12,10 +12,10 @@ from evoprune_nb.target import Target
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(generations=0), "generations ≥ 1.*got 0"), (dict(generations=2.5), "whole number; got 2.5"), (dict(generations=math.nan), "got nan"), (dict(offspring=0), "offspring ≥ 1"),
-    (dict(offspring=True), "got True"), (dict(max_swaps=0), "max_swaps ≥ 1"), (dict(max_swaps="3"), "got '3'"), (dict(n_jobs=0), "n_jobs ≥ 1"), (dict(heldout_tokens=-1), "heldout_tokens ≥ 0"),
+    (dict(generations=0), "generations must be a whole number of at least 1; got 0"), (dict(generations=2.5), "of at least 1; got 2.5"), (dict(generations=math.nan), "got nan"), (dict(offspring=0), "offspring must be .*from 1 to 10,000; got 0"),
+    (dict(offspring=True), "got True"), (dict(max_swaps=0), "max_swaps must be .*of at least 1; got 0"), (dict(max_swaps="3"), "got '3'"), (dict(n_jobs=0), "n_jobs must be .*of at least 1; got 0"), (dict(heldout_tokens=-1), "heldout_tokens must be .*of at least 0; got -1"),
     (dict(seed=math.nan), "seed must be a whole number; got nan"), (dict(seed="lucky"), "got 'lucky'"), (dict(target=0.5), "target must be a Target; got 0.5"), (dict(training={"lr": 1e-4}), "must be a Training"),
-    (dict(stages=((4, 0, 32), (1, 64, 48))), "`Stage`s of whole numbers"), (dict(stages=(Stage(1, math.nan, 32),)), "`Stage`s of whole numbers"), (dict(stages=(Stage(1, 0, 1e3),)), "`Stage`s of whole numbers"),
+    (dict(stages=((4, 0, 32), (1, 64, 48))), "must be a tuple of `Stage`s; got"), (dict(stages=None), "a tuple of `Stage`s; got None"),
     (dict(warm_start="continue"), "True or False; got 'continue'"), (dict(fitness="bleu"), "'bleu' is unknown"), (dict(operator="crossover"), "'crossover' is unknown")])
 def test_wrong_settings_are_refused_at_once(wrong, message):
     "Wrong types, NaN, negative numbers, unknown names: by `SearchConfig` itself, and so by the settings in force."

@@ -283,5 +283,5 @@ def test_hidden_files_of_a_directory_are_left_out(tmp_path):
 @pytest.mark.parametrize("n", [0, -5])
 def test_no_tokens_cannot_be_asked_for(tokenizer, tmp_path, n):
     "A number below 1 is refused before the text is read."
-    with pytest.raises(ValueError, match=f"must be at least 1, or None for all there are; got {{'heldout': {n}}}"):
+    with pytest.raises(ValueError, match=rf"tokens of heldout \(None for all there are\) must be a whole number of at least 1; got {n}"):
         load_pools(tmp_path / "missing.txt", tokenizer, 16, {"heldout": n})

@@ -163,7 +163,7 @@ def test_missing_files_and_tasks(tiny, tokenizer, tmp_path, task):
         load_tasks([tmp_path / "missing.yaml"])
     with pytest.raises(ValueError, match="no task to evaluate on"):
         load_tasks([])
-    with pytest.raises(ValueError, match="limit must be at least 1"):
+    with pytest.raises(ValueError, match="limit, questions per task, must be a whole number of at least 1"):
         zero_shot(tiny, tokenizer, [task], limit=0)
 
 

@@ -235,5 +235,5 @@ def test_full_size_model_is_planned_without_weights():
 @pytest.mark.parametrize("wrong", [{"seq_len": 0}, {"calibration_tokens": -5}])
 def test_a_plan_needs_tokens(wrong):
     "No token, no plan."
-    with pytest.raises(ValueError, match="must both be at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         plan("tiny", **wrong)

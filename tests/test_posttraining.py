@@ -487,7 +487,7 @@ def test_wrong_use_is_refused_before_training(exported, corpus, short_corpus, to
         post_train(exported, tmp_path / "out", short_corpus, PostTraining(n_tokens=10**6, seq_len=32))
     assert not (tmp_path / "out").exists()
     for wrong in ({"lr": 0.0}, {"batch_size": 0}, {"seq_len": 1}, {"distillation": 1.5}, {"warmup": 1.0}):
-        with pytest.raises(ValueError, match="must be at least 1|need lr"):
+        with pytest.raises(ValueError, match="must be a (whole|finite) number"):
             PostTraining(**dict(n_tokens=1000) | wrong)
 
 

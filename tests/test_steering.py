@@ -46,9 +46,9 @@ WRONG = [
     ("pause", "a command is a dict"), ({}, "a command is a dict"), ({"command": "reverse"}, "'reverse' is unknown; use one of pause"), ({"command": "pause", "for": 3}, "'pause' has no field 'for'"),
     ({"command": "set", "setting": "offspring"}, "'set' needs value"), (set_("lambda", 3), "setting 'lambda' is unknown; use one of offspring"),
     (set_("offspring", 2.5), "offspring must be a whole number; got 2.5"), (set_("offspring", True), "whole number; got True"), (set_("offspring", "8"), "whole number; got '8'"),
-    (set_("offspring", 1), r"must narrow 1 offspring down to 1 survivor; got survivors \[2, 1\]"), (set_("max_swaps", 0), "max_swaps ≥ 1"), (set_("generations", 0), "generations ≥ 1"),
+    (set_("offspring", 1), r"must narrow 1 offspring down to 1 survivor; got survivors \[2, 1\]"), (set_("max_swaps", 0), "max_swaps must be .*of at least 1; got 0"), (set_("generations", 0), "generations must be .*of at least 1; got 0"),
     (set_("operator", "crossover"), "'crossover' is unknown"), (set_("operator", 3), "operator must be a name"), (set_("fitness", "bleu"), "'bleu' is unknown"),
-    (set_("lr", "fast"), "lr must be a number"), (set_("lr", -1.0), "lr > 0"), (set_("sparsity", 1.5), "sparsity must be a share of the structures, 0 to 1; got 1.5"), (set_("params", 10), "10 parameters are outside"),
+    (set_("lr", "fast"), "lr must be a finite number"), (set_("lr", -1.0), "lr must be .*above 0; got -1.0"), (set_("sparsity", 1.5), "sparsity, a share of the structures, must be .*from 0 to 1; got 1.5"), (set_("params", 10), "10 parameters are outside"),
     (set_("limits", 0.5), "limits must be like"), (set_("limits", {"beauty": 0.5}), "beauty"), (set_("limits", {"flops": 3.0}), "flops"), (set_("sparsity", None), "nothing limits the size"),
     (set_("stages", [[2, 0]]), "rows of three whole numbers"), (set_("stages", []), "rows of three"), (set_("stages", 3), "rows of three"), (set_("stages", [{"survivors": 1, "tokens": 3}]), "rows of three"),
     (set_("stages", [[2, 0, 32]]), "must narrow"), (set_("stages", [[1, 5000, 32]]), "asked for 5,000 tuning tokens, but there are"), (set_("stages", [[1, 0, 5000]]), "asked for 5,000 scoring tokens"),
@@ -58,7 +58,7 @@ WRONG = [
     ({"command": "inject", "genome": "x"}, "is no genome"), ({"command": "inject", "genome": "33/555"}, "2 attention and 3 MLP levels"), ({"command": "inject", "genome": "000/000"}, "genome 000/000 has .* parameters; the budget is"),
     ({"command": "inject", "genome": "339/555"}, "attn.02 at level 9"), ({"command": "branch", "generation": 1}, "has not begun yet"), ({"command": "branch", "generation": -1}, "whole number from 0"),
     ({"command": "branch", "generation": 1.0}, "whole number"), ({"command": "note", "text": " "}, "a note needs text"), ({"command": "note", "text": 3}, "a note needs text"), ({"command": "note", "text": "half of a pair: \ud83d"}, r"UTF-8 can hold; got .*ud83d"),
-    (set_("lr", float("nan")), "lr > 0"), (set_("sparsity", float("nan")), "0 to 1; got nan"), (set_("params", -3), "not negative; got -3"), (set_("limits", {"flops": float("nan")}), "got nan"),
+    (set_("lr", float("nan")), "lr must be a finite number; got nan"), (set_("sparsity", float("nan")), "sparsity must be a finite number; got nan"), (set_("params", -3), "params.* must be .*of at least 0; got -3"), (set_("limits", {"flops": float("nan")}), "got nan"),
 ]
 
 

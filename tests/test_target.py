@@ -64,7 +64,7 @@ def test_budget_in_parameters_is_never_exceeded(space, share, tolerance):
 
 
 @pytest.mark.parametrize("wanted, message", [
-    (dict(sparsity=1.2), "a share of the structures, 0 to 1; got 1.2"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
+    (dict(sparsity=1.2), "a share of the structures, must be a finite number from 0 to 1; got 1.2"), (dict(sparsity=-0.1), "0 to 1"), (dict(params=100), r"{smallest:,} to {dense:,}"),
     (dict(params=10**9), r"{smallest:,} to {dense:,}"), ({}, "either sparsity or params"), (dict(sparsity=0.5, params=1000), "either sparsity or params")])
 def test_budgets_out_of_reach_name_the_range(space, wanted, message):
     "A sparsity or size that the grid cannot reach is an error with the range that it can."
@@ -212,8 +212,8 @@ def test_units_that_break_a_cap_are_moved_or_named(space):
 
 
 @pytest.mark.parametrize("wanted, message", [
-    ({}, "nothing limits the size"), (dict(sparsity=math.nan), "0 to 1; got nan"), (dict(sparsity=-0.1), "0 to 1; got -0.1"), (dict(sparsity=True), "got True"),
-    (dict(sparsity="half"), "got 'half'"), (dict(params=-1), "not negative; got -1"), (dict(params=math.inf), "got inf"), (dict(limits={"flops": math.nan}), "got nan"),
+    ({}, "nothing limits the size"), (dict(sparsity=math.nan), "from 0 to 1; got nan"), (dict(sparsity=-0.1), "from 0 to 1; got -0.1"), (dict(sparsity=True), "got True"),
+    (dict(sparsity="half"), "got 'half'"), (dict(params=-1), "of at least 0; got -1"), (dict(params=math.inf), "got inf"), (dict(limits={"flops": math.nan}), "got nan"),
     (dict(sparsity=0.5, tolerance=-0.1), "tolerance.*got -0.1"), (dict(sparsity=0.5, tolerance=1), "tolerance.*got 1"), (dict(sparsity=0.5, tolerance=math.nan), "got nan"),
     (dict(sparsity=0.5, caps={"max_width": True}), "got True"), (dict(sparsity=0.5, caps={"min_heads": -1}), "got -1"), (dict(sparsity=0.5, limits=0.5), "limits and caps must be dicts; got 0.5")])
 def test_sizes_that_make_no_sense_are_refused_at_once(wanted, message):
@@ -223,12 +223,12 @@ def test_sizes_that_make_no_sense_are_refused_at_once(wanted, message):
 
 
 @pytest.mark.parametrize("wanted, message", [
-    (dict(limits={"flops": 0.001}), r"limits\['flops'\]=0.001 is outside what the grid can reach: 0.\d+ to 1 of the dense model's"), (dict(limits={"flop": 0.5}), "'flop' is unknown; there are params, flops"),
-    (dict(limits={"flops": 1.5}), "above 0 and at most 1; got 1.5"), (dict(limits={"flops": "half"}), "got 'half'"), (dict(limits={"kv_bytes": 0}), "above 0"),
+    (dict(limits={"flops": 0.001}), r"limits\['flops'\]=0.001 is outside what the grid can reach: 0.\d+ to 1 of the dense model's"), (dict(limits={"flop": 0.5}), "'flop' is unknown; use one of params, flops.*did you mean 'flops'"),
+    (dict(limits={"flops": 1.5}), "above 0 and of at most 1; got 1.5"), (dict(limits={"flops": "half"}), "got 'half'"), (dict(limits={"kv_bytes": 0}), "above 0"),
     (dict(limits={"latency": 0.5}), "'latency' are not known here .measure it"), (dict(sparsity=0.5, limits={"params": 0.5}), "once"),
     (dict(sparsity=0.1, caps={"max_width": 40}), "can reach: 0.5 to 1"), (dict(sparsity=0.9, caps={"min_heads": 2}), "can reach: 0 to 0.6"),
     (dict(params=10_000, caps={"min_heads": 6, "min_width": 80}), "outside what the grid can reach"), (dict(sparsity=0.5, caps={"max_heads": 3, "min_heads": 4}), "contradict: min_heads 4 > max_heads 3"),
-    (dict(sparsity=0.5, caps={"width": 4}), "'width' is unknown; there are max_width"), (dict(sparsity=0.5, caps={"max_width": 0.5}), "whole number of structures; got 0.5")])
+    (dict(sparsity=0.5, caps={"width": 4}), "'width' is unknown; use one of max_width"), (dict(sparsity=0.5, caps={"max_width": 0.5}), "a whole number of at least 0; got 0.5")])
 def test_limits_and_caps_out_of_reach_say_what_is_possible(space, wanted, message):
     "Limits and caps that cannot be met are errors with the range, the names or the numbers that can."
     with pytest.raises(ValueError, match=message):

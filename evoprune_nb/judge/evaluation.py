@@ -26,8 +26,9 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ..data import TokenPool, begin_tokens
+from ..data import TokenPool, begin_tokens, check_blocks
 from .latency import Latency, PeakMemory
+from ..machine.checks import check_file_name, check_whole, shown
 from ..machine.device import provenance
 from ..losses import perplexity, summed_losses
 from ..machine.files import write_text
@@ -70,8 +71,11 @@ def evaluate(
     "Held-out loss. The first token of each block is context only: it is not predicted."
     if pool.seq_len < 2:
         raise ValueError(f"in blocks of seq_len={pool.seq_len} no token is predicted; at least 2 are needed")
-    pool.require(n_tokens or pool.n_tokens)
-    blocks = pool.blocks[: (n_tokens or pool.n_tokens) // pool.seq_len].long()
+    n_tokens = pool.n_tokens if n_tokens is None else n_tokens
+    pool.require(n_tokens)
+    check_whole("batch_size", batch_size, least=1)
+    blocks = pool.blocks[: n_tokens // pool.seq_len].long()
+    check_blocks(blocks, model)
     batches = tqdm(blocks.split(batch_size), desc=progress, unit="batch", disable=not progress)
     total, each = summed_losses(model, batches)
     n_predicted = blocks.numel() - len(blocks)
@@ -105,7 +109,7 @@ def write_task(
     prompt: str = "{{query}}",  # Jinja template of what precedes a choice, e.g. "{{query}}\nAnswer:"
 ) -> Path:
     "Write a task of lm-evaluation-harness. Raises `ValueError` for rows that are no questions, by line."
-    rows_file, name = Path(rows_file), name or Path(rows_file).stem
+    rows_file, name = Path(rows_file), check_file_name("name", name or Path(rows_file).stem)
     _check_questions(rows_file)
     metrics = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
@@ -201,6 +205,8 @@ def load_tasks(
     tasks: Sequence[str | Path],  # names that the harness knows, or task files (whose `!function` runs code)
 ) -> dict:
     "Tasks of lm-evaluation-harness, their data included. Raises `ValueError` for an unknown task."
+    if isinstance(tasks, str) or not all(isinstance(task, str | Path) for task in tasks):
+        raise ValueError(f"tasks must be a list of names or task files; got {shown(tasks)}")
     if not tasks:
         raise ValueError(
             "no task to evaluate on; name one of lm-evaluation-harness, such as 'arc_easy', or a task file")
@@ -251,8 +257,9 @@ def zero_shot(
     progress: bool = False,  # show the harness's progress bars
 ) -> dict[str, TaskScore]:
     "Scores by task, computed by lm-evaluation-harness without examples in the prompt."
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 question per task; got {limit}")
+    check_whole("batch_size", batch_size, least=1)
+    if limit is not None:
+        check_whole("limit, questions per task,", limit, least=1)
     tasks = tasks if isinstance(tasks, dict) else load_tasks(tasks)
     import lm_eval
 

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..machine.checks import check_whole
+
 # %% ../../nbs/judge/00_latency.ipynb #c0006c0b
 def quartiles(values) -> tuple[float, float]:
     "First and third quartile, interpolated between the values."
@@ -69,8 +71,7 @@ def _seconds(action: Callable[[], object], device: torch.device | str) -> float:
 def _check_counts(**counts: tuple[int, int]) -> None:
     "Raise `ValueError` for a count below its least value."
     for name, (value, least) in counts.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+        check_whole(name, value, least)
 
 
 def time_each(

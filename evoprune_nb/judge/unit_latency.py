@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..candidates import materialize
 from .latency import _cache_name, _check_counts, _prompt, _seconds, time_each
+from ..machine.checks import check_file_name
 from ..latency_table import PHASES, UnitLatency, check_conditions, latency_conditions
 from ..latency_table import open_unit_latency, read_table, unit_shapes, write_table
 from ..models import decoder_layers, norm_names
@@ -135,7 +136,7 @@ def measure_unit_latency(
     if limit and prompt_tokens >= limit:
         raise ValueError(
             f"the model reads at most {limit:,} tokens; a prompt of {prompt_tokens:,} leaves no room for one")
-    path = database.directory / f"{name}.json"
+    path = database.directory / f"{check_file_name('name', name)}.json"
     conditions = latency_conditions(model, database) | {
         "batch_size": batch_size, "prompt_tokens": prompt_tokens}
     table = {"conditions": conditions | {"torch": torch.__version__}, "seconds": {}}

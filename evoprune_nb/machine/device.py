@@ -27,7 +27,7 @@ def resolve_device(
         return torch.device("cuda" if n_cuda else "mps" if mps else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         hint = "try 'cpu', 'cuda', 'cuda:0', 'mps' or 'auto'"
         raise ValueError(f"device {device!r} is no torch device; {hint}") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:

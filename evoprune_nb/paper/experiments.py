@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from ..machine.checks import check_file_name
 from ..machine.device import provenance
 from ..machine.files import sha256_file, write_text
 from .drawing import Figure, save_figure
@@ -40,7 +41,10 @@ def notebook_parameters(
 
     if not Path(notebook).is_file():
         raise ParameterError(f"no notebook {str(notebook)!r}")
-    found = inspect_notebook(str(notebook))
+    try:
+        found = inspect_notebook(str(notebook))
+    except Exception as error:  # nbformat has a dozen of its own
+        raise ParameterError(f"{notebook} is no notebook: {str(error).splitlines()[0][:200]}") from error
     for name, row in found.items():
         if row["inferred_type_name"] not in _TYPES:
             raise ParameterError(
@@ -86,6 +90,23 @@ def check_parameters(
             raise ParameterError(f"{Path(notebook).name} has no parameter {name!r}; {hint}")
     return {
         name: _typed(name, value, known[name]["type"], known[name]["help"]) for name, value in given.items()}
+
+# %% ../../nbs/paper/04_experiments.ipynb #803ee7c3
+def _check_values(
+    notebook: str | Path,  # an experiment notebook
+    given: dict[str, object],  # parameter values in their types
+) -> None:
+    "Run the cells tagged `checks` with these parameters, here. They raise `ValueError`."
+    import nbformat
+
+    cells, names = nbformat.read(notebook, as_version=4).cells, {}
+    sources = {tag: [cell.source for cell in cells if tag in cell.metadata.get("tags", [])]
+               for tag in ("parameters", "checks")}
+    for source in sources["parameters"]:
+        exec(source, names)
+    names |= given
+    for source in sources["checks"]:
+        exec(source, names)
 
 # %% ../../nbs/paper/04_experiments.ipynb #da660324
 class Report:
@@ -213,6 +234,9 @@ def run_experiment(
     from evoprune_nb.paper.pages import write_html
 
     checked = check_parameters(notebook, parameters or {})
+    if name:
+        check_file_name("name of the report", name)
+    _check_values(notebook, checked)
     directory = _report_directory(notebook, checked.get("report_dir", ""), name, reports)
     if "report_dir" in notebook_parameters(notebook):
         checked["report_dir"] = str(directory)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..costs import activation_bytes, forward_bytes
 from ..machine.attention import softmax_bytes
+from ..machine.checks import check_whole, nearest
 from ..target import plan_budget
 from ..data import TokenPool
 from ..genome import Genome, Space, level_grid, make_space
@@ -49,7 +50,9 @@ def meta_model(
         try:
             config = AutoConfig.from_pretrained(str(path))
         except OSError as error:
-            raise ValueError(f"no configuration of {str(source)!r} ({str(error).splitlines()[0]})") from error
+            raise ValueError(
+                f"no configuration of {str(source)!r} ({str(error).splitlines()[0]})"
+                + nearest(source, EMBEDDED_MODELS)) from error
     dtype = resolve_dtype(dtype) if dtype else config.dtype or torch.float32
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -275,9 +278,9 @@ def plan(
     device: Device | None = None,  # for times, and to say what does not fit; None: this machine's CPU
 ) -> Plan:
     "What database, search and post-training will take. Raises `ValueError` where the jobs themselves would."
-    if seq_len < 1 or calibration_tokens < 1:
-        raise ValueError(
-            f"seq_len={seq_len} and calibration_tokens={calibration_tokens} must both be at least 1")
+    counts = {"seq_len": seq_len, "calibration_tokens": calibration_tokens, "batch_size": batch_size}
+    for what, n in counts.items():
+        check_whole(what, n, least=1)
     _check_budgets(config.stages, seq_len)
     dense = meta_model(model, dtype)
     units = prunable_units(dense)

@@ -18,8 +18,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data import begin_tokens
+from ..machine.checks import check_whole, nearest
 from ..machine.files import check_target, read_json, write_json, write_text, written_whole
 from ..losses import head_is_linear, post_training_loss
 from ..models import load_model, model_fingerprint
@@ -208,7 +210,12 @@ def post_train_checkpoint(
     """
     source, out, work = Path(source), Path(out), Path(work or f"{str(out).rstrip('/')}.training")
     _check_call(out, settings, teacher)
+    if checkpoint_tokens is not None:
+        check_whole("checkpoint_tokens", checkpoint_tokens, least=1)
+    if unknown := [name for name in options if name not in _NAMES]:
+        raise ValueError(f"TrainingArguments has no setting {unknown[0]!r}{nearest(unknown[0], _NAMES)}")
     arguments = _arguments(work, settings, use_cpu or not torch.accelerator.is_available(), progress, options)
+    get_reporting_integration_callbacks(arguments.report_to)  # raises for one that is unknown
     _set_steps(arguments, settings, checkpoint_tokens)
     model, tokenizer = _load_student(source)
     identity = {"source_model": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."),

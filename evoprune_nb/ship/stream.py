@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 
 from ..data import EMBEDDED_TEXT, begin_tokens, derive_seed, document_tokens, documents
 from ..data import pack_blocks, split_of
+from ..machine.checks import check_number, check_whole
 
 # %% ../../nbs/ship/05_stream.ipynb #c52422b2
 @dataclass(frozen=True)
@@ -54,19 +55,25 @@ class PostTraining:
         return self.n_tokens // per_step
 
 # %% ../../nbs/ship/05_stream.ipynb #08fe99d1
-_COUNTS = ("n_tokens", "batch_size", "accumulation", "epochs", "shuffle_blocks")
+_COUNTS = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "accumulation": 1, "epochs": 1, "shuffle_blocks": 1}
+_POSITIVE = ("lr", "max_grad_norm", "temperature")
 
 
 def _check(settings: PostTraining) -> None:
-    "Raise `ValueError` for a setting out of range."
-    counts = {name: getattr(settings, name) for name in _COUNTS} | {"seq_len - 1": settings.seq_len - 1}
-    if wrong := [f"{name} = {value}" for name, value in counts.items() if value < 1]:
-        raise ValueError(f"must be at least 1: {', '.join(wrong)}")
-    positive = min(settings.lr, settings.max_grad_norm, settings.temperature) > 0
-    shares = 0 <= settings.warmup < 1 and 0 <= settings.min_lr <= 1 and 0 <= settings.distillation <= 1
-    if not (positive and shares and settings.weight_decay >= 0):
-        raise ValueError("need lr, max_grad_norm, temperature > 0, 0 ≤ warmup < 1, 0 ≤ min_lr, "
-                         f"distillation ≤ 1 and weight_decay ≥ 0; got {settings}")
+    "Raise `ValueError` for a setting of the wrong type, or out of range."
+    value = vars(settings)
+    for name, least in _COUNTS.items():
+        check_whole(name, value[name], least)
+    for name in _POSITIVE:
+        check_number(name, value[name], above=0)
+    check_number("warmup", settings.warmup, least=0, below=1)
+    check_number("weight_decay", settings.weight_decay, least=0)
+    for name in ("min_lr", "distillation"):
+        check_number(name, value[name], least=0, most=1)
+    for name in ("autocast", "checkpoint_activations"):
+        if not isinstance(value[name], bool):
+            raise ValueError(f"{name} must be True or False; got {value[name]!r}")
+    check_whole("seed", settings.seed, least=0, most=2**32 - 1)
 
 # %% ../../nbs/ship/05_stream.ipynb #a02eb491
 def tuning_documents(

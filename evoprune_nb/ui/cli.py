@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from torch import nn
 from ..data import EMBEDDED_TEXT, load_pools
 from ..genome import Genome
 from ..judge.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
-from ..judge.latency import kv_cache_bytes, measure_latency, peak_memory
-from ..machine.device import resolve_device
-from ..machine.files import check_target
+from ..judge.latency import _check_models, kv_cache_bytes, measure_latency, peak_memory
+from ..machine.checks import check_number, check_whole, nearest
+from ..machine.device import resolve_device, resolve_dtype
+from ..machine.files import check_target, check_writable
 from ..models import EMBEDDED_MODELS, load_model
 from ..paper.experiments import ParameterError, file_hash, notebook_parameters, run_experiment
 from ..paper.experiments import text_table
@@ -107,7 +109,8 @@ def _fetch(options: argparse.Namespace) -> None:
     everything = EMBEDDED_MODELS | EMBEDDED_TEXT
     for name in options.names or everything:
         if name not in everything:
-            raise ParameterError(f"nothing embedded is called {name!r}; there are {', '.join(everything)}")
+            hint = f"there are {', '.join(everything)}{nearest(name, everything)}"
+            raise ParameterError(f"nothing embedded is called {name!r}; {hint}")
         print(f"{name}: {everything[name]()}")
 
 # %% ../../nbs/ui/07_cli.ipynb #3c344439
@@ -198,8 +201,27 @@ def _how_to_load(checkpoint: str, options: argparse.Namespace) -> tuple[str, dic
     return "evoprune_nb.models:load_model", loading | {"trust_remote_code": options.trust_remote_code}
 
 # %% ../../nbs/ui/07_cli.ipynb #60f2226c
+_LEAST = {"seq_len": 2, "tokens": 2, "limit": 1, "batch_size": 1, "prompt_tokens": 1, "new_tokens": 1,
+          "repeats": 1}
+
+
+def _check_eval(options: argparse.Namespace) -> None:
+    "Refuse at once what would be noticed after the model is loaded, or when the report is written."
+    for name, least in _LEAST.items():
+        if (n := getattr(options, name)) is not None:
+            check_whole(f"--{name.replace('_', '-')}", n, least)
+    if options.dtype != "auto":
+        resolve_dtype(options.dtype)
+    resolve_device(options.device)
+    if options.out:
+        check_writable(options.out)
+        if Path(options.out).is_dir():
+            raise ValueError(f"--out {options.out} is a directory; name a file in it")
+
+
 def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict, dict]:
     "The model, what was measured of it, and under which conditions."
+    _check_eval(options)
     tasks = load_tasks(_task_files(options, scratch)) if options.tasks else []
     checkpoint = _checkpoint(options.source, options, scratch)
     genome = read_card(checkpoint).genome if Path(checkpoint).is_dir() else ""
@@ -207,6 +229,8 @@ def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict
     loader, loading = _how_to_load(checkpoint, options)
     load = load_exported if loader.endswith("load_exported") else load_model
     model, tokenizer = load(checkpoint, **loading)
+    if options.latency or options.memory:
+        _check_models({"": model}, options.prompt_tokens + options.new_tokens)
     parts = [_heldout(options, model, tokenizer)] if options.text != "none" else []
     parts += [_tasks(options, model, tokenizer, tasks)] if tasks else []
     for result, given in parts:
@@ -275,7 +299,8 @@ def search_config(given: list[list[str]]) -> SearchConfig:
     chosen: dict[str, dict] = {part: {} for part in kinds}
     for name, text in given:
         if name not in names:
-            raise ParameterError(f"a search has no setting {name!r}; it has {', '.join(sorted(names))}")
+            hint = f"it has {', '.join(sorted(names))}{nearest(name, names)}"
+            raise ParameterError(f"a search has no setting {name!r}; {hint}")
         part = names[name]
         try:
             chosen[part][name] = _read_setting(name, text, known[part][name])
@@ -291,12 +316,14 @@ def search_config(given: list[list[str]]) -> SearchConfig:
 def _plan(options: argparse.Namespace) -> None:
     "Print the plan, and what will not fit."
     tokens, batch = options.post_tokens, options.post_batch
-    n_bytes = lambda gigabytes: None if gigabytes is None else int(gigabytes * 1e9)
+    def n_bytes(option: str, gigabytes: float | None) -> int | None:
+        return None if gigabytes is None else int(check_number(option, gigabytes, above=0, most=1e9) * 1e9)
+
     post = PostTraining(tokens, options.seq_len, batch) if tokens else None
     device = this_device(options.dtype or "bfloat16", options.device) if options.device else None
     planned = plan(options.model, search_config(options.p), options.calibration_tokens, options.seq_len,
-                   options.dtype, options.heads, memory_bytes=n_bytes(options.memory_gb),
-                   offload_bytes=n_bytes(options.offload_gb), post_training=post, device=device)
+                   options.dtype, options.heads, memory_bytes=n_bytes("--memory-gb", options.memory_gb),
+                   offload_bytes=n_bytes("--offload-gb", options.offload_gb), post_training=post, device=device)
     print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; "
           f"{planned.groups} group(s) of Hessians, {planned.passes} pass(es) over the calibration text\n\n"
           + planned.table().rename_axis(None, axis="columns").to_string())
@@ -454,7 +481,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(
     arguments: list[str] | None = None,  # without the program's name; None: those of this process
 ) -> int:
-    "The command `evoprune`. Returns 0, 1 for a failed notebook, 2 for wrong use, 130 when interrupted."
+    "The command `evoprune`. Returns 0, 1 for a failed notebook, 2 for wrong use, 3 for a fault, 130 when interrupted."
     from papermill.exceptions import PapermillExecutionError
 
     options = make_parser().parse_args(arguments)
@@ -466,8 +493,16 @@ def main(
               file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"evoprune: {error}", file=sys.stderr)
+        print(f"evoprune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if os.environ.get("EVOPRUNE_TRACEBACK"):
+            raise
+        *_, (code, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{Path(code.f_code.co_filename).name}, line {line}"
+        print(f"evoprune: a fault of the program: {type(error).__name__}: {error} ({where}). "
+              "Please report it; EVOPRUNE_TRACEBACK=1 shows how it came about", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # no word about the kernel that is gone
         print("\nevoprune: interrupted. Nothing is lost: the same command continues from the run directory.",
