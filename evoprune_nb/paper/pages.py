@@ -87,9 +87,8 @@ def write_html(
     title: str,  # of the page
 ) -> Path:
     "Write a self-contained page: pictures and formulas inside, code left out, nothing loaded or run."
-    exporter = HTMLExporter(
-        template_name="lab", raw_template=_TEMPLATE, sanitize_html=True, exclude_input=True,
-        exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(template_name="lab", raw_template=_TEMPLATE, sanitize_html=True,
+                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.register_filter("markdown2html", _markdown)
     exporter.register_filter("clean_html", clean_html)
     node = nbformat.read(notebook, as_version=4)

@@ -132,17 +132,13 @@ def to_notebook(
     _check_source(run_dir, known)
     recorded = _recorded(history, known)
     revision = history.settings.get("provenance", {}).get("git_revision")
-    title = (
-        f"# Replay of {_as_code(Path(run_dir).resolve().name)}\n\n"
-        f"> A search with {len(recorded['commands'])} commands, repeated headless to the same genomes.\n\n"
-        f"Written by `to_notebook` from a run of revision {_as_code(revision)}."
-    )
+    title = (f"# Replay of {_as_code(Path(run_dir).resolve().name)}\n\n> A search with "
+             f"{len(recorded['commands'])} commands, repeated headless to the same genomes.\n\nWritten by "
+             f"`to_notebook` from a run of revision {_as_code(revision)}.")
     cells = [
         new_markdown_cell(title),
         new_code_cell(_parameters(known, path.stem), metadata={"tags": ["parameters"]}),
-        new_markdown_cell(
-            "## Settings and commands\n\nAs recorded. A command came `after` so many events."
-        ),
+        new_markdown_cell("## Settings and commands\n\nAs recorded. A command came `after` so many events."),
         new_code_cell(_assignments(recorded)),
         new_markdown_cell(
             "## Model, text and level database\n\nMade again, and compared with those of then."),
