@@ -24,12 +24,7 @@ from .machine.files import read_json, sha256_json, write_json
 from .models import decoder_layers
 
 # %% ../nbs/10_latency_table.ipynb #902ee605
-def unit_shape(
-    model: nn.Module,  # the dense model
-    database: LevelDatabase,  # its level database
-    unit: int,  # index of a unit
-    level: int,  # one of its levels
-) -> str:
+def unit_shape(model: nn.Module, database: LevelDatabase, unit: int, level: int) -> str:
     "A name for the shape of a unit at a level, the same for units that run alike; empty when it is gone."
     row, kept = database.units[unit], database.kept(unit, level)
     if len(kept) == 0:

@@ -51,12 +51,8 @@ def step_to(search: Search, n_events: int, bar: tqdm) -> None:
                           f"{search.n_events}; replay with the revision in the run's config.json")
 
 # %% ../nbs/22_replay.ipynb #d34ab9c2
-def follow(
-    search: Search,  # new, or an earlier replay of the same commands
-    commands: Sequence[dict],  # from `commands_of`
-    progress: bool = True,  # show a bar of evaluations and eliminations
-) -> Genome:
-    "Run a search to its end with recorded commands at their places; returns the winner."
+def follow(search: Search, commands: Sequence[dict], progress: bool = True) -> Genome:
+    "Run a search, new or an earlier replay of the same commands, to its end; returns the winner."
     with search.driving(), tqdm(desc="replay", unit="step", disable=not progress) as bar:
         search.stepper.drain()
         for place in commands[search.log.end.n_commands :]:

@@ -211,13 +211,8 @@ def card_text(model: nn.Module, card: Card, more_sizes: dict | None = None) -> s
 _KEYS = ("base_model", "license", "genome", "dense_params", "scores", "provenance", "note", "form")
 
 
-def write_card(
-    directory: Path,  # gets README.md, card.json, licence files and, with a figure, genome.png
-    model: nn.Module,  # the pruned model
-    card: Card,  # what is known of it
-    more_sizes: dict | None = None,  # further rows of the table of sizes
-) -> None:
-    "Write the model card, its picture, and the licence files of the base model."
+def write_card(directory: Path, model: nn.Module, card: Card, more_sizes: dict | None = None) -> None:
+    "Write README.md, card.json, the licence files of the base model and, with a figure, genome.png."
     write_text(directory / "README.md", card_text(model, card, more_sizes))
     row = {key: getattr(card, key) for key in _KEYS}
     write_text(directory / "card.json", json.dumps(row, indent=1, default=str) + "\n")

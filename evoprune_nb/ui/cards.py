@@ -107,14 +107,8 @@ class RunCard:
         self.say.value = f'<span role="status" aria-live="polite">{words}</span>'
 
 # %% ../../nbs/ui/04_cards.ipynb #4a9b50cd
-def enable_buttons(
-    run: RunCard,  # the card
-    status: str,  # of the run
-    driving: bool,  # whether this kernel drives it
-    able: bool,  # whether it could
-    commanded: bool,  # whether somebody takes commands
-) -> None:
-    "Let the buttons that make sense be pressed."
+def enable_buttons(run: RunCard, status: str, driving: bool, able: bool, commanded: bool) -> None:
+    "Enable what makes sense: does this kernel drive, could it (`able`), does somebody take commands?"
     paused, over = status == "paused", status == "finished"
     update(run.start, disabled=not able or over or (driving and not paused),
            description="Resume" if paused else "Start")

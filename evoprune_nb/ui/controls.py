@@ -104,16 +104,9 @@ def set_class(widget: widgets.Widget, name: str, on: bool) -> None:
         (widget.add_class if on else widget.remove_class)(name)
 
 # %% ../../nbs/ui/02_controls.ipynb #895976a9
-def show_cell(
-    cell: widgets.Button,  # of the unit
-    space: Space,  # which units there are
-    index: int,  # of the unit
-    level: int,  # in the draft
-    before: int,  # in the parent
-    frozen: bool,  # whether mutations leave it alone
-    selected: bool,  # whether it is being edited
-) -> None:
-    "Let a cell show its unit."
+def show_cell(cell: widgets.Button, space: Space, index: int, level: int, before: int, frozen: bool,
+              selected: bool) -> None:
+    "Let a cell show its unit at a level in the draft, and at the one before, in the parent."
     unit, kept = space.units[index], space.kept(index, level)
     color, ink = level_color(kept / unit.n_structures)
     if (cell.style.button_color, cell.style.text_color) != (color, ink):
@@ -175,12 +168,7 @@ def _verdict(cost: float, least: float, most: float) -> str:
     return '<b class="evo-good">✓ fits</b>'
 
 # %% ../../nbs/ui/02_controls.ipynb #f45b272b
-def draft_html(
-    draft: Genome,  # being edited
-    parent: Genome,  # compared with
-    budget: Budget,  # to be met
-    space: Space,  # what levels cost
-) -> str:
+def draft_html(draft: Genome, parent: Genome, budget: Budget, space: Space) -> str:
     "How the draft differs from the parent, and whether it meets the budget."
     n, lines = len(swaps(parent, draft, space)), []
     for measure, most in budget.limits.items():

@@ -240,13 +240,8 @@ def driving_mode(driver: Driver, begun: bool) -> str:
     return killed + again + ("" if driver.worker else ", and loads the model first")
 
 # %% ../../nbs/ui/03_session.ipynb #33aa9a81
-def continue_prompt(
-    model: torch.nn.Module,  # dense or pruned
-    tokenizer,  # its tokenizer
-    prompt: str,  # text to go on from
-    n_tokens: int = 40,  # at most so many new tokens
-) -> str:
-    "The model's greedy continuation."
+def continue_prompt(model: torch.nn.Module, tokenizer, prompt: str, n_tokens: int = 40) -> str:
+    "The model's greedy continuation of a prompt, at most `n_tokens` new tokens."
     tokens = [*begin_tokens(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     ids = torch.tensor([tokens], device=model.device)
     options = dict(max_new_tokens=n_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
