@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import ActiveConfig, forward_tokens, generation_tokens
-from .genome import Genome
+from .config import ActiveConfig, forward_tokens, generation_tokens, tokens_from
+from .genome import Genome, Space
 from .runlog import parse_settings, read_events, read_settings, read_state
 from .selection import Evaluation
 from .source import Source
@@ -254,14 +254,17 @@ def tokens_used(attempts: Sequence[Attempt]) -> dict[str, int]:
     return {purpose: sum(row[purpose] for row in used) for purpose in ("tuning", "scoring")}
 
 
-def tokens_left(position: SearchState, attempts: Sequence[Attempt], seq_len: int) -> dict[str, int]:
+def tokens_left(
+    position: SearchState,  # where the search stands
+    attempts: Sequence[Attempt],  # so far
+    seq_len: int,  # tokens per block
+    space: Space | None = None,  # to know how many neighbours a scan has
+) -> dict[str, int]:
     "Tokens that the rest of the run takes by its rules, by purpose."
     if position.finished:
         return {"tuning": 0, "scoring": 0}
     under_way = attempts[-1] if position.current else None
-    n_more = max(0, position.rules.generations - position.generation - bool(under_way))
-    each = generation_tokens(position.rules, seq_len)
-    left = {purpose: n_more * tokens for purpose, tokens in each.items()}
+    left = tokens_from(position.rules, position.generation + bool(under_way), seq_len, space)
     if under_way:
         used = under_way.tokens()
         for purpose, tokens in under_way.planned(seq_len).items():
@@ -281,12 +284,17 @@ class RunCosts(RunStatus):
 
     def _left(self) -> dict[str, int]:
         seq_len = self.settings.get("pools", {}).get("scoring", {}).get("seq_len", 1)
-        return tokens_left(self.position, self.attempts, seq_len)
+        left = tokens_left(self.position, self.attempts, seq_len, self.space)
+        if self.config.method == "elastic" and not self.position.elastic:
+            left["tuning"] += self.config.elastic.training.tokens
+        return left
 
     @property
     def tokens(self) -> dict[str, int]:
         "Tokens used so far by candidates, by purpose; what abandoned attempts took is counted too."
-        return tokens_used(self.attempts)
+        used = tokens_used(self.attempts)
+        used["tuning"] += sum(row["tokens"] for row in self.events if row["event"] == "elastic")
+        return used
 
     @property
     def planned_tokens(self) -> dict[str, int]:

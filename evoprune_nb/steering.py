@@ -15,6 +15,7 @@ from .genome import Genome, Space
 from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .mutation import OPERATORS
 from .selection import FITNESS, Stage
+from .surrogate import Observation
 from .target import plan_budget
 
 # %% ../nbs/18_steering.ipynb #26850901
@@ -260,6 +261,8 @@ class SearchState:
     abandoned: tuple[int, int] | None = None  # (branch, generation) that a command puts an end to
     n_commands: int = 0
     finished: bool = False
+    elastic: bool = False  # whether the elastic model is trained
+    observed: tuple[tuple[Observation, ...], ...] = ()  # by the generations on the line that leads here
 
     def after(self, row: dict) -> "SearchState":
         "The state after one more event."
@@ -270,15 +273,20 @@ class SearchState:
 def _begin(state: SearchState, row: dict) -> dict:
     "What changes when a generation begins."
     parents = state.parents[: state.generation] + (row["parent"],)
+    rules, injected = state.rules.at(state.generation), tuple(row.get("injected", ()))
+    if rules.phase:
+        rules = replace(rules, offspring=len(row["offspring"]) - len(injected))
     return dict(
-        parent=row["parent"], parents=parents, current=state.rules, finished=False,
-        injected=(), joined=tuple(row.get("injected", ())))
+        parent=row["parent"], parents=parents, current=rules, finished=False, injected=(), joined=injected)
 
 
 def _end(state: SearchState, row: dict) -> dict:
     "What changes when a generation has a survivor."
     line = state.line + ((state.branch, state.generation),)
-    return dict(parent=row["genome"], generation=state.generation + 1, line=line, current=None, joined=())
+    seen = tuple(Observation(genome, state.parent, *found) for genome, *found in row.get("observed", ()))
+    return dict(
+        parent=row["genome"], generation=state.generation + 1, line=line, current=None, joined=(),
+        observed=state.observed + (seen,))
 
 
 def _abandon(state: SearchState, row: dict) -> dict:
@@ -306,8 +314,8 @@ def _back_to(state: SearchState, generation: int) -> dict:
     parent = (*state.parents, state.parent)[generation]
     return dict(
         branch=state.n_branches, n_branches=state.n_branches + 1, generation=generation, parent=parent,
-        parents=state.parents[:generation], line=state.line[:generation])
+        parents=state.parents[:generation], line=state.line[:generation], observed=state.observed[:generation])
 
 
 _CHANGES = {"generation": _begin, "survivor": _end, "abandoned": _abandon, "command": _command,
-            "finished": lambda state, row: {"finished": True}}
+            "finished": lambda state, row: {"finished": True}, "elastic": lambda state, row: {"elastic": True}}

@@ -1,0 +1,242 @@
+"""The elastic model, what is learnt in it, and the search that uses both."""
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import events, short_config, small_pools
+
+import evoprune_nb.elastic
+from evoprune_nb.candidates import materialize
+from evoprune_nb.config import ActiveConfig, ElasticSearch, SearchConfig
+from evoprune_nb.elastic import Elastic, ElasticTraining, draw_genome, elastic_model, elastic_step, train_elastic
+from evoprune_nb.genome import Genome
+from evoprune_nb.history import History
+from evoprune_nb.losses import next_token_loss
+from evoprune_nb.mutation import make_offspring
+from evoprune_nb.replay import replay
+from evoprune_nb.search import Search
+from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
+from evoprune_nb.surrogate import Observation, archive, fit_losses, neighbours, propose_genomes
+from evoprune_nb.target import plan_budget
+from evoprune_nb.training import Training
+
+SETTINGS = ElasticTraining(tokens=16 * 16, training=Training(lr=1e-3, batch_size=2))
+
+
+def elastic_config(**changes) -> SearchConfig:
+    "A short search by the elastic method."
+    race = (Stage(2, 32, 32), Stage(1, 64, 48))
+    elastic = ElasticSearch(SETTINGS, scan_tokens=128, scoring_tokens=128, entrants=3)
+    defaults = dict(generations=4, offspring=4, stages=race, warm_start=True, fitness="perplexity")
+    return short_config(**defaults | dict(method="elastic", elastic=elastic) | changes)
+
+
+@pytest.fixture
+def parts(small):
+    model, database = small
+    budget, uniform = plan_budget(database.space, elastic_config().target)
+    return model, database, small_pools(), budget, uniform
+
+
+def same(a: Elastic, b: Elastic) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
+def test_a_step_has_the_gradients_of_its_candidates(parts):
+    model, database, pools, budget, uniform = parts
+    elastic = Elastic.of(model, database)
+    elastic.model.requires_grad_(True)
+    batch = pools["tuning"].draw(64, 0)
+    elastic_step(elastic, [uniform], batch)
+    candidate = materialize(model, database, uniform)
+    next_token_loss(candidate, batch).backward()
+    unit = next(i for i, unit in enumerate(database.units) if unit.kind == "mlp")
+    what, kept = database.units[unit], database.kept(unit, uniform.levels[unit])
+    for part, columns in (("up_proj", False), ("down_proj", True)):
+        mine = elastic.model.get_submodule(what.module).get_submodule(part).weight.grad
+        theirs = candidate.get_submodule(what.module).get_submodule(part).weight.grad
+        assert torch.equal(mine[:, kept] if columns else mine[kept], theirs)
+        gone = torch.ones(what.n_structures, dtype=bool)
+        gone[kept] = False
+        assert not (mine[:, gone] if columns else mine[gone]).any() and gone.any()
+
+
+def test_what_is_learnt_reaches_every_level(parts):
+    model, database, pools, budget, uniform = parts
+    elastic, _ = train_elastic(model, database, pools["tuning"], budget, uniform, SETTINGS, progress=False)
+    unit = next(i for i, unit in enumerate(database.units) if unit.kind == "mlp")
+    name = database.units[unit].output
+    change = elastic.model.get_submodule(name).weight - model.get_submodule(name).weight
+    for level in (1, 5):
+        own = elastic.database.weight(unit, level) - database.weight(unit, level)
+        torch.testing.assert_close(own, change[:, database.kept(unit, level)], rtol=0, atol=1e-6)
+    assert change.any()
+
+
+def test_interrupted_training_continues_to_the_same_weights(parts, tmp_path, monkeypatch):
+    model, database, pools, budget, uniform = parts
+    monkeypatch.setattr(evoprune_nb.elastic, "CHECKPOINT_STEPS", 2)
+    args = model, database, pools["tuning"], budget, uniform, SETTINGS, 3
+    whole, _ = elastic_model(*args, tmp_path / "whole.safetensors", progress=False)
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "cut.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        elastic_model(*args, path, progress=False, check_cancelled=interrupt)
+    calls.clear()
+    again, result = elastic_model(*args, path, progress=False, check_cancelled=lambda: calls.append(1))
+    assert same(whole, again) and len(result.losses) == 8 and len(calls) < 8
+    assert [file.name for file in tmp_path.iterdir() if "unfinished" in file.name] == []
+
+
+def test_a_damaged_or_foreign_file_is_refused(parts, tmp_path):
+    model, database, pools, budget, uniform = parts
+    args, path = (model, database, pools["tuning"], budget, uniform, SETTINGS), tmp_path / "e.safetensors"
+    elastic_model(*args, 0, path, progress=False)
+    with pytest.raises(ValueError, match="of another search"):
+        elastic_model(*args, 1, path, progress=False)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        elastic_model(*args, 0, path, progress=False)
+
+
+def test_random_genomes_keep_the_budget(parts):
+    _, database, _, budget, uniform = parts
+    drawn = [draw_genome(uniform, database.space, budget, random.Random(i), 0.3) for i in range(30)]
+    assert all(budget.fits(budget.costs(database.space, genome)) for genome in drawn) and len(set(drawn)) > 20
+
+
+def test_one_wild_block_does_not_decide():
+    calm = [0.01] * 15
+    mean, error = paired_difference([*calm, -9.0], [0.0] * 16)
+    assert mean == pytest.approx(0.01) and error < 1e-9
+    with pytest.raises(ValueError, match="same blocks"):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+def test_the_parent_stays_unless_beaten_beyond_the_error():
+    parent, child = Genome((0,), (1,)), Genome((1,), (0,))
+    noise = np.random.default_rng(0).normal(0, 0.1, 16)
+
+    def winner(gain: float) -> Genome:
+        rows = [Evaluation(0, 0, parent.code, 9, None, 0, 1, 0, blocks=(3.0,) * 16),
+                Evaluation(0, 0, child.code, 8, None, 0, 1, 0, blocks=tuple(3.0 - gain + noise - noise.mean()))]
+        return ranked_by_blocks(list(zip(rows, (parent, child))), parent, margin=1.0)[0][1]
+
+    assert winner(0.001) == parent and winner(0.2) == child
+
+
+def test_proposals_gain_and_leave_frozen_units_alone(parts):
+    _, database, _, budget, uniform = parts
+    space, rng = database.space, np.random.default_rng(0)
+    slopes = rng.uniform(0.5, 3, len(space.units))
+
+    def loss(genome):
+        rows = zip(slopes, space.units, space.removed, genome.levels)
+        return sum(a * (gone[level] / unit.n_structures) ** 2 for a, unit, gone, level in rows)
+
+    seen = [Observation(g.code, uniform.code, loss(g) - loss(uniform), 1e-4) for g in neighbours(uniform, space, budget)]
+    model = fit_losses(seen, uniform, space)
+    proposed = propose_genomes(model, uniform, budget, 8, random.Random(0), n_random=2)
+    mutants = make_offspring(uniform, space, budget, 8, random.Random(0), "cost_swap")
+    assert min(map(loss, proposed)) < min(map(loss, mutants)) and loss(proposed[0]) < loss(uniform)
+    frozen = {0, len(space.units) - 1}
+    kept = propose_genomes(model, uniform, budget, 8, random.Random(0), frozen)
+    assert all(genome.levels[i] == uniform.levels[i] for genome in kept for i in frozen)
+
+
+def test_the_archive_ranks_across_generations():
+    seen = [[Observation("1/1", "0/0", -0.3, 0.01), Observation("2/2", "0/0", -0.1, 0.01)], [Observation("3/3", "1/1", 0.1, 0.01)]]
+    assert list(archive(seen)) == ["1/1", "3/3", "2/2", "0/0"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    model, database = small
+    run_dir = tmp_path_factory.mktemp("elastic") / "run"
+    search = Search(run_dir, model, database, small_pools(), elastic_config())
+    search.run(progress=False)
+    return search
+
+
+def test_phases(undisturbed):
+    rows = events(undisturbed.run_dir)
+    assert [row["event"] for row in rows[:3]] == ["run_started", "elastic", "generation"]
+    scan, *_, race = [row for row in rows if row["event"] == "generation"]
+    start = Genome.parse(scan["parent"])
+    assert all(Genome.parse(code).distance(start) == 1 for code in scan["offspring"])
+    survivors = [row for row in rows if row["event"] == "survivor"]
+    assert survivors[0]["genome"] == scan["parent"]
+    assert all(len(row["observed"]) >= 4 for row in survivors[:3]) and "observed" not in survivors[3]
+    tuned = {row["generation"] for row in rows if row["event"] == "evaluation" and row["tuning_tokens"]}
+    assert tuned == {3} and len(race["offspring"]) == 3
+    history = History(undisturbed.run_dir)
+    assert history.tokens == history.planned_tokens and history.tokens["tuning"] >= SETTINGS.tokens
+
+
+def test_interrupted_anywhere_it_ends_equal(undisturbed, small, tmp_path):
+    model, database = small
+    for n_steps in (0, 3, 17, 26):
+        run_dir = tmp_path / str(n_steps)
+        first = Search(run_dir, model, database, small_pools(), elastic_config())
+        for _ in range(n_steps):
+            first.step()
+        if n_steps == 17:
+            (run_dir / "elastic.safetensors").unlink()  # it is trained again, to the same weights
+        assert Search(run_dir, model, database, small_pools(), elastic_config()).run(progress=False) == undisturbed.parent
+        assert events(run_dir) == events(undisturbed.run_dir)
+
+
+def test_a_steered_elastic_search_replays(small, tmp_path):
+    model, database = small
+    search = Search(tmp_path / "run", model, database, small_pools(), elastic_config())
+    for _ in range(15):
+        search.step()
+    search.send({"command": "freeze", "units": [database.units[0].name]})
+    search.send({"command": "set", "setting": "offspring", "value": 5})
+    for _ in range(6):
+        search.step()
+    search.send({"command": "branch", "generation": 1})
+    winner = search.run(progress=False)
+    assert replay(tmp_path / "run", tmp_path / "again", model, database, small_pools(), progress=False) == winner
+    assert events(tmp_path / "again") == events(tmp_path / "run")
+
+
+def test_wrong_settings_are_refused():
+    for wrong in (dict(method="elastik"), dict(generations=2), dict(elastic=3)):
+        with pytest.raises(ValueError, match="method|generations|elastic"):
+            elastic_config(**wrong)
+    for wrong in (dict(scans=(1,)), dict(entrants=0), dict(margin=-1.0), dict(scan_tokens=1.5)):
+        with pytest.raises(ValueError):
+            ElasticSearch(**wrong)
+    for wrong in (dict(tokens=0), dict(spread=0), dict(genomes=3)):
+        with pytest.raises(ValueError):
+            ElasticTraining(**wrong)
+    with pytest.raises(ValueError, match="stages must narrow"):
+        elastic_config(elastic=replace(elastic_config().elastic, entrants=1))
+
+
+def test_settings_survive_json():
+    config = elastic_config()
+    from evoprune_nb.runlog import plain_json
+    from dataclasses import asdict
+
+    assert SearchConfig.from_dict(plain_json(asdict(config))) == config
+    assert ActiveConfig.of(config).at(0).phase == "scan" and ActiveConfig.of(config).at(3).phase == "race"
+
+
+def test_too_little_text_is_said_before_the_work(small, tmp_path):
+    model, database = small
+    many = replace(elastic_config().elastic, training=replace(SETTINGS, tokens=10**6))
+    with pytest.raises(ValueError, match="asked for 1,000,000 tuning tokens"):
+        Search(tmp_path / "run", model, database, small_pools(), elastic_config(elastic=many))
+    assert not (tmp_path / "run").exists()
