@@ -44,8 +44,8 @@ from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
 from .runlog import EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings
 from .runlog import write_settings, write_state
-from .selection import Elimination, Evaluation, StageEvaluator, check_text, paired_difference
-from .selection import Stage, scoring_pool, select, survey
+from .selection import Elimination, Evaluation, Stage, StageEvaluator, check_text
+from .selection import paired_difference, scoring_pool, select, survey
 from .source import Source
 from .steering import SearchState, check_command
 from .surrogate import LossModel, Observation, archive, fit_losses, neighbours, propose_genomes
@@ -230,7 +230,7 @@ def check_same_search(
     "Raise `ValueError` with all that differs when a run directory is of another search."
     theirs = read_settings(run_dir)
     config, _ = parse_settings(run_dir, theirs)  # what an earlier version lacks has its default
-    there, here = (_flat(row["config"], "config") for row in (theirs, mine))
+    there, here = (_flat(row, "config") for row in (plain_json(asdict(config)), mine["config"]))
     mine, made_of = mine["fingerprints"], theirs["fingerprints"]
     there |= {f"fingerprints.{name}": made_of.get(name) for name in mine}
     here |= {f"fingerprints.{name}": value for name, value in mine.items()}
