@@ -136,9 +136,9 @@ def test_larger_than_uniform_is_an_error(problem):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("best", {}, "is unknown; there are uniform,"), ("wanda", dict(scope="all"), "use one of global, kind"), ("width", dict(criterion="size"), "use one of magnitude"),
-    ("ramps", dict(ramps=[1.5]), "between -1 and 1; got"), ("ziplm", dict(evaluations=0), "evaluations ≥ 1"), ("evopress", dict(scale=0), "scale above 0"),
-    ("random_search", dict(evaluations=0), "evaluations ≥ 1")])
+    ("best", {}, "is unknown; use one of uniform,"), ("wanda", dict(scope="all"), "use one of global, kind"), ("width", dict(criterion="size"), "use one of magnitude"),
+    ("ramps", dict(ramps=[1.5]), "ramp must be a finite number above -1 and below 1; got 1.5"), ("ziplm", dict(evaluations=0), "evaluations must be a whole number of at least 1"), ("evopress", dict(scale=0), "scale must be a finite number above 0"),
+    ("random_search", dict(evaluations=0), "evaluations must be a whole number of at least 1")])
 def test_wrong_options_are_named(problem, name, options, message):
     "Before any work, an error says what would be right."
     with pytest.raises(ValueError, match=message):
@@ -154,7 +154,7 @@ def test_what_a_problem_lacks_is_named(problem):
     for name in ("ramps", "mip", "masks"):
         with pytest.raises(ValueError, match="one limit"):
             solve(name, two, **OPTIONS.get(name, {}))
-    with pytest.raises(ValueError, match="warmup from 0 to 1"):
+    with pytest.raises(ValueError, match="warmup must be a finite number from 0 to 1"):
         MaskTraining(warmup=2)
     with pytest.raises(ValueError, match="nothing to draw"):
         genomes_figure([])

@@ -17,6 +17,7 @@ from ..data import derive_seed
 from ..database import LevelDatabase
 from ..genome import Genome
 from ..knapsack import knapsack_genome
+from ..machine.checks import check_number, check_whole
 from ..search import evaluation_row
 
 # %% ../../nbs/baselines/03_errors.ipynb #1d7c8836
@@ -69,8 +70,8 @@ def ziplm(
     tries: int = 20,  # draws per evaluation before the search gives up
 ) -> Found:
     "Knapsack over absolute layer errors, with coefficients found by hill climbing."
-    if evaluations < 1 or not 0 < share <= 1:
-        raise ValueError(f"need evaluations ≥ 1 and a share in (0, 1]; got {evaluations} and {share}")
+    check_whole("evaluations", evaluations, least=1)
+    check_number("share", share, above=0, most=1)
     rng, blocks = random.Random(derive_seed(problem.seed, "ziplm")), problem.calibration
     flows = observe(problem.model, problem.space.units, blocks)
     errors = absolute_errors(problem.model, problem.database, flows)

@@ -17,6 +17,7 @@ from torch import nn
 from .problem import Found, Problem, at_limit, baseline
 from ..data import derive_seed
 from ..losses import next_token_loss
+from ..machine.checks import check_number, check_whole
 from ..models import Unit
 
 # %% ../../nbs/baselines/05_masks.ipynb #6efeb913
@@ -76,10 +77,13 @@ class MaskTraining:
     start: float = 3.0  # log α of all gates
 
     def __post_init__(self):
-        positive = self.tokens > 0 and self.batch_size >= 1 and self.lr > 0 and self.multiplier_lr > 0
-        if not (positive and self.penalty >= 0 and 0 <= self.warmup <= 1):
-            raise ValueError("need tokens, batch_size and learning rates above 0, penalty ≥ 0, and a warmup "
-                             f"from 0 to 1; got {self}")
+        for name in ("tokens", "batch_size"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("lr", "multiplier_lr"):
+            check_number(name, getattr(self, name), above=0)
+        check_number("penalty", self.penalty, least=0)
+        check_number("warmup", self.warmup, least=0, most=1)
+        check_number("start", self.start)
 
     def wanted(self, share: float, step: int, n_steps: int) -> float:
         "The share to be kept after a step."

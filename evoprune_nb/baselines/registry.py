@@ -13,6 +13,7 @@ from .problem import Found, Problem
 from .searches import darwinlm, evopress, random_search
 from .structures import magnitude, wanda, width
 from .uniform import ramps, uniform, uniform_groups
+from ..machine.checks import check_choice
 
 # %% ../../nbs/baselines/07_registry.ipynb #6079e1e2
 BASELINES = {solve.__name__: solve for solve in (
@@ -31,6 +32,4 @@ def solve(
     **options,  # of the baseline
 ) -> Found:
     "What the baseline of a name finds. Raises `ValueError` for an unknown name."
-    if name not in BASELINES:
-        raise ValueError(f"baseline {name!r} is unknown; there are {', '.join(BASELINES)}")
-    return BASELINES[name](problem, **options)
+    return BASELINES[check_choice("baseline", name, BASELINES)](problem, **options)

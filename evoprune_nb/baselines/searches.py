@@ -12,6 +12,7 @@ from .problem import Found, Problem, baseline, best_of, fitted
 from ..config import SearchConfig
 from ..data import derive_seed
 from ..genome import Genome
+from ..machine.checks import check_number, check_whole
 from ..mutation import level_swap
 from ..runlog import read_events
 from ..search import Search
@@ -40,8 +41,7 @@ def random_search(
     evaluations: int = 25,  # how many genomes are evaluated
 ) -> Found:
     "The best of random genomes."
-    if evaluations < 1:
-        raise ValueError(f"need evaluations ≥ 1; got {evaluations}")
+    check_whole("evaluations", evaluations, least=1)
     return best_of(problem, random_genomes(problem, evaluations)[:evaluations])
 
 # %% ../../nbs/baselines/06_searches.ipynb #e3f5815a
@@ -65,8 +65,8 @@ def scaled_stages(
     seq_len: int,  # tokens per block, the least that a stage takes
 ) -> tuple[Stage, ...]:
     "Stages with that share of the tokens, at least a block each, and no more survivors than candidates."
-    if not scale > 0 or offspring < 1:
-        raise ValueError(f"need a scale above 0 and offspring ≥ 1; got {scale} and {offspring}")
+    check_number("scale", scale, above=0)
+    check_whole("offspring", offspring, least=1)
     tokens = lambda n: max(seq_len, round(n * scale)) if n else 0
     return tuple(
         Stage(min(stage.survivors, offspring), tokens(stage.tuning_tokens), tokens(stage.scoring_tokens))

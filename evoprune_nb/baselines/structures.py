@@ -18,6 +18,7 @@ from torch import nn
 from .problem import Found, Problem, at_limit, baseline, even_genome
 from ..database import LevelDatabase, is_whole, manifest_to_continue, store_unit, write_manifest
 from ..genome import Genome
+from ..machine.checks import check_choice
 from ..machine.lock import DirectoryLock
 from ..models import Unit
 from ..pruning import PrunedUnit, kept_structures, layer_span
@@ -89,8 +90,7 @@ def structure_scores(
     criterion: str,  # in CRITERIA
 ) -> list[torch.Tensor]:
     "Per unit, (structures,): the higher, the more worth keeping."
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r} is unknown; use one of {', '.join(CRITERIA)}")
+    check_choice("criterion", criterion, CRITERIA)
     found = []
     for unit, flow in zip(units, flows):
         weight = model.get_submodule(unit.output).weight.detach().double().cpu()
@@ -116,9 +116,7 @@ def comparable(
 ) -> list[torch.Tensor]:
     "The place of every structure, 0 to 1, in the ranking that a threshold cuts."
     units, params = problem.space.units, problem.space.params
-    if scope not in SCOPES:
-        raise ValueError(f"scope {scope!r} is unknown; use one of {', '.join(SCOPES)}")
-    if scope == "global":
+    if check_choice("scope", scope, SCOPES) == "global":
         return _ranks([score * unit.n_structures / row[0] for score, unit, row in zip(scores, units, params)])
     n = sum(unit.kind == "attn" for unit in units)
     return (_ranks(scores[:n]) if n else []) + (_ranks(scores[n:]) if n < len(units) else [])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .problem import Found, Problem, at_limit, baseline, best_of, even_genome
 from ..database import build_database
 from ..genome import Genome
+from ..machine.checks import check_number
 
 # %% ../../nbs/baselines/01_uniform.ipynb #08876298
 @baseline
@@ -55,8 +56,9 @@ def ramps(
     ramps: Sequence[float] = RAMPS,  # from −1 to 1, exclusive
 ) -> Found:
     "The best of all ratios and depth ramps: 25 evaluations, fewer where two give the same genome."
-    if wrong := [ramp for ramp in ramps if not -1 < ramp < 1] + [r for r in ratios if not r > 0]:
-        raise ValueError(f"ratios must be above 0, and ramps between -1 and 1; got {wrong}")
+    for name, values, bounds in (("ratio", ratios, {"above": 0}), ("ramp", ramps, {"above": -1, "below": 1})):
+        for value in values:
+            check_number(name, value, **bounds)
     pairs = [(ratio, ramp) for ratio in ratios for ramp in ramps]
     genomes = [problem.uniform if pair == (1, 0) else ramped(problem, *pair) for pair in pairs]
     return best_of(problem, list(dict.fromkeys(genomes)))
