@@ -240,3 +240,24 @@ def test_too_little_text_is_said_before_the_work(small, tmp_path):
     with pytest.raises(ValueError, match="asked for 1,000,000 tuning tokens"):
         Search(tmp_path / "run", model, database, small_pools(), elastic_config(elastic=many))
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_counts_the_phases(undisturbed):
+    from evoprune_nb.paper.planning import plan
+
+    config = elastic_config(sparsity=0.5, tolerance=0.1)
+    planned = {phase.name: phase for phase in plan("tiny", config, calibration_tokens=512, seq_len=16).phases}
+    assert list(planned) == ["level database", "elastic model", "search"]
+    assert planned["elastic model"].tokens == SETTINGS.tokens
+    rules = ActiveConfig.of(config)
+    assert planned["search"].memory_bytes > 0 and rules.at(1).stages == (Stage(1, 0, 128),)
+
+
+def test_sensitivities_are_drawn(undisturbed):
+    from evoprune_nb.paper.figures import sensitivities, sensitivity_figure
+
+    history = History(undisturbed.run_dir)
+    table = sensitivities(history.position.observed[0], history.space)
+    assert len(table) == len([row for row in events(undisturbed.run_dir) if row["event"] == "evaluation" and row["generation"] == 0]) - 1
+    assert len(sensitivity_figure(history.position.observed[0], history.space).axes) == 2
+    assert len(sensitivity_figure([], history.space).axes) == 1

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'relative_fitness', 'fitness_figure', 'level_color', 'genome_figure', 'sparsity_figure', 'candidate_names',
-           'rank_changes', 'stages_figure', 'lineage', 'swaps', 'lineage_figure', 'tokens_figure', 'comparison_figure']
+           'rank_changes', 'stages_figure', 'lineage', 'swaps', 'lineage_figure', 'tokens_figure', 'sensitivities',
+           'sensitivity_figure', 'comparison_figure']
 
 # %% ../../nbs/paper/01_figures.ipynb #b97cf691
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from ..genome import Genome, Space
 from ..history import History
 from .drawing import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, Figure, Theme
 from .drawing import empty_figure, find_theme, paint, plain
+from ..surrogate import Observation
 
 # %% ../../nbs/paper/01_figures.ipynb #ba85abeb
 def _against_parent(
@@ -549,6 +551,45 @@ def tokens_figure(
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, loc="upper left", frameon=False)
+    return paint(figure, theme)
+
+# %% ../../nbs/paper/01_figures.ipynb #20b90586
+def sensitivities(
+    observations: Iterable[Observation],  # of a search
+    space: Space,  # its units and levels
+) -> pd.DataFrame:
+    "What one level of one unit changes: unit, kind, layer, step (−1: one level less removed), nats, error."
+    rows = []
+    for seen in observations:
+        levels = zip(Genome.parse(seen.genome).levels, Genome.parse(seen.parent).levels)
+        moved = [(unit, now - before) for unit, (now, before) in zip(space.units, levels) if now != before]
+        if len(moved) == 1 and abs(moved[0][1]) == 1:
+            unit, step = moved[0]
+            rows.append((unit.name, unit.kind, unit.layer, step, seen.difference, seen.error))
+    return pd.DataFrame(rows, columns=["unit", "kind", "layer", "step", "nats", "error"])
+
+# %% ../../nbs/paper/01_figures.ipynb #cc59cdce
+def sensitivity_figure(
+    observations: Iterable[Observation],  # e.g. of `history.position.observed[0]`
+    space: Space,  # its units and levels
+    theme: str = "light",  # a name in THEMES
+) -> Figure:
+    "Change of loss for a level less and a level more of every unit, by layer."
+    table = sensitivities(observations, space)
+    if table.empty:
+        return empty_figure("No unit has been measured one level up or down yet", theme)
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    looks = ((-1, "one level less removed", BLUE, ""), (1, "one level more removed", VERMILLION, "//"))
+    for axes, (kind, title) in zip(figure.subplots(2, sharex=True), (("attn", "attention"), ("mlp", "MLP"))):
+        for step, label, color, hatch in looks:
+            rows = table[(table.kind == kind) & (table.step == step)]
+            axes.bar(rows.layer + 0.2 * step, rows.nats, 0.4, yerr=rows.error, color=color, hatch=hatch,
+                     edgecolor="white", linewidth=0.5, label=label, error_kw={"linewidth": 0.8})
+        axes.axhline(0, color=find_theme(theme).ink, linewidth=0.6)
+        axes.set(ylabel="nats per token", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    figure.axes[0].legend(ncols=2, loc="best")
     return paint(figure, theme)
 
 # %% ../../nbs/paper/01_figures.ipynb #ba5909ee

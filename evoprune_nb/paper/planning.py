@@ -30,6 +30,7 @@ from ..ship.checkpoints import checkpoint_bytes
 from ..ship.stream import PostTraining
 from ..database import plan_calibration
 from ..losses import CHUNK, head_bytes, loss_bytes, scoring_bytes
+from ..elastic import ElasticTraining
 from ..evaluator import SCORING_BATCH, SHARED_CHUNKS
 from ..selection import Stage, check_text
 from ..config import ActiveConfig, SearchConfig, forward_tokens, generation_tokens
@@ -209,12 +210,12 @@ def _training_bytes(job: _Job, tokens: int, settings: Training) -> int:
     return weights * optimizer_bytes(itemsize, settings) + max(in_pass, in_step)
 
 # %% ../../nbs/paper/02_planning.ipynb #2632745f
-def _search(job: _Job, config: SearchConfig) -> Phase:
-    "The second phase."
+def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float]:
+    "Memory, tokens and operations of one generation."
     space, itemsize, state = job.space, job.dtype.itemsize, job.hidden * job.dtype.itemsize
     stages = [stage.drawn(job.seq_len) for stage in config.stages]
     most, targets = (pick(stage.scoring_tokens for stage in stages) for pick in (max, sum))
-    tokens = generation_tokens(ActiveConfig.of(config), job.seq_len)
+    tokens = generation_tokens(config, job.seq_len)
     flops = space.cost(job.genome, "flops") * forward_tokens(**tokens) + space.dense_cost("flops") * targets
     scoring = max(min(SCORING_BATCH * job.seq_len, most) * job.forward(),
                   scoring_bytes(job.vocabulary, itemsize, job.where))
@@ -231,8 +232,30 @@ def _search(job: _Job, config: SearchConfig) -> Phase:
     shared = min(most, SHARED_CHUNKS * CHUNK) * job.vocabulary * itemsize * is_shared
     levels = (job.weights - space.fixed_params) * itemsize  # pages of the database that were read
     memory = space.dense_params * itemsize + levels + most * state + waiting * config.warm_start * tuned
-    n, each = config.generations, sum(tokens.values()) + targets
-    return job.phase("search", memory + shared + at_work, 0, n * each, n * flops)
+    return memory + shared + at_work, sum(tokens.values()) + targets, flops
+
+
+def _search(job: _Job, config: SearchConfig) -> Phase:
+    "The generations. With method elastic, the elastic model is held beside the dense one."
+    rules, n = ActiveConfig.of(config), config.generations
+    if config.method == "darwinlm":  # all generations are alike
+        memory, tokens, flops = _generation(job, rules)
+        return job.phase("search", memory, 0, n * tokens, n * flops)
+    memory, tokens, flops = zip(*(_generation(job, rules.at(g, job.space)) for g in range(n)))
+    held = job.space.dense_params * job.dtype.itemsize
+    return job.phase("search", max(memory) + held, 0, sum(tokens), sum(flops))
+
+
+def _elastic(job: _Job, settings: ElasticTraining) -> Phase:
+    "Training the elastic model: a candidate's passes, the dense model's optimizer."
+    dense, itemsize, training = job.space.dense_params, job.dtype.itemsize, settings.training
+    part = min(settings.tokens, training.batch_size * job.seq_len // settings.genomes)
+    in_pass = part * job.activations(job.seq_len, job.dtype) + 2 * job.weights * itemsize
+    in_pass += head_bytes(job.vocabulary, job.hidden, itemsize, part, device=job.where)
+    memory = dense * (2 * itemsize + optimizer_bytes(itemsize, training)) + round(in_pass)
+    tokens = settings.tokens // job.seq_len * job.seq_len
+    disk = dense * (itemsize + optimizer_bytes(itemsize, training))
+    return job.phase("elastic model", memory, disk, tokens, 3 * tokens * job.space.cost(job.genome, "flops"))
 
 # %% ../../nbs/paper/02_planning.ipynb #ba7ca7e6
 def _post_training(job: _Job, settings: PostTraining) -> Phase:
@@ -294,6 +317,8 @@ def plan(
     database, groups, passes = _database(
         job, calibration_tokens, batch_size * seq_len, memory_bytes, offload_bytes)
     phases = [database, _search(job, config)]
+    if config.method == "elastic":
+        phases.insert(1, _elastic(job, config.elastic.training))
     if post_training:
         phases.append(_post_training(job, post_training))
     named = isinstance(model, str | Path)
