@@ -51,13 +51,27 @@ def test_hundred_lines_find_the_packages_winner(tiny, tokenizer, corpus, databas
     assert space["fitness"] == pytest.approx(survivors[-1]["fitness"], rel=1e-3)
 
 
+TOUCH = """
+def touch(view):
+    leaves = lambda box: [leaf for child in box.children for leaf in (leaves(child) if hasattr(child, "children") else [child])]
+    control = [leaf for leaf in leaves(view) if type(leaf).__name__.endswith("Slider")][-1]
+    shown = [leaf for leaf in leaves(view) if type(leaf).__name__ in ("Image", "HTML")][-1]
+    before = shown.value
+    control.value = control.options[-1] if hasattr(control, "options") else control.max
+    assert shown.value != before, "the widget shows nothing else after its slider was moved"
+
+touch(_)
+"""
+
+
 def with_solutions(path: Path) -> nbformat.NotebookNode:
-    "The notebook in which every folded solution is followed by the check before it, once more; such checks are tagged."
+    "The notebook in which each widget is touched, and every folded solution is followed by the check before it, once more; such checks are tagged."
     notebook, check, cells = nbformat.read(path, 4), None, []
     for cell in notebook.cells:
         cells.append(cell)
         if cell.cell_type == "code":
             check = cell
+            cells += [nbformat.v4.new_code_cell(TOUCH)] if ".observe(" in cell.source else []
         for solution in re.findall(r"<details><summary>Solution</summary>\s*```python\n(.*?)```", cell.source, re.DOTALL) if cell.cell_type == "markdown" else ():
             again = deepcopy(check)
             again.metadata["tags"] = ["solved"]
@@ -95,3 +109,13 @@ def test_static_pages_make_sense(path):
     assert widgets and not any(cells[i].outputs for i in widgets)
     pictured = [i for i, cell in enumerate(cells) if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
     assert pictured and pictured[0] < widgets[0]
+
+
+@pytest.mark.parametrize("path", sorted(TUTORIALS.glob("*.ipynb")), **names)
+def test_links_lead_somewhere(path):
+    "Files exist, and so do the headings that links name."
+    prose = lambda notebook: "\n".join(cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown")
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", prose(path)):
+        assert (TUTORIALS / link).exists(), link
+        headings = [heading.replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", prose(TUTORIALS / link), re.MULTILINE)] if anchor else []
+        assert not anchor or anchor in headings, f"{link}#{anchor}"
