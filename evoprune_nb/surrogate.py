@@ -97,7 +97,7 @@ def fit_losses(
     x = np.array([of(seen.genome) - of(seen.parent) for seen in observations])
     y, error = (np.array([getattr(seen, name) for seen in observations]) for name in ("difference", "error"))
     weight = 1 / (error**2 + (MISFIT * y) ** 2 + 1e-8)
-    prior, spread = _kind_means(x, y, weight, space)
+    prior, spread = _kind_means(x, y, weight, center, space)
     precision = x.T @ (weight[:, None] * x) + np.diag(spread**-2)
     covariance = np.linalg.inv(precision)
     mean = prior + covariance @ (x.T @ (weight * (y - x @ prior)))
@@ -105,9 +105,11 @@ def fit_losses(
 
 # %% ../nbs/14b_surrogate.ipynb #22e48e66
 def _kind_means(
-    x: np.ndarray, y: np.ndarray, weight: np.ndarray, space: Space
+    x: np.ndarray, y: np.ndarray, weight: np.ndarray, center: Genome, space: Space
 ) -> tuple[np.ndarray, np.ndarray]:
     "Mean and spread of slopes and curvatures before a unit's own measurements: those of its kind."
+    rows = zip(space.units, space.removed, center.levels)
+    removed = np.array([gone[level] / unit.n_structures for unit, gone, level in rows])
     is_attn = np.array([unit.kind == "attn" for unit in space.units])
     groups = np.array([np.concatenate(pair) for pair in (
         (is_attn, 0 * is_attn), (~is_attn, 0 * is_attn), (0 * is_attn, is_attn), (0 * is_attn, ~is_attn))], float)
@@ -115,7 +117,9 @@ def _kind_means(
     scale = weight[:, None] * joined
     found = np.linalg.solve(joined.T @ scale + 1e-6 * np.eye(4), scale.T @ y)
     floor = 0.1 * np.abs(found).max() + 1e-6
-    found[2:] = found[2:].clip(min=floor)  # what is removed last matters most
+    for i, kind in enumerate((is_attn, ~is_attn)):
+        found[i] = max(found[i], floor)
+        found[2 + i] = max(found[2 + i], found[i] / max(0.2, 2 * removed[kind].mean()))
     return found @ groups, (np.abs(found) + floor) @ groups
 
 # %% ../nbs/14b_surrogate.ipynb #a9f3176b
