@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from helpers import events
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -38,11 +39,11 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
 }
 
 
-def run(notebook, directory, report: str, corpus=None, **changes) -> int:
+def run(notebook, directory, report: str, corpus=None, more=(), **changes) -> int:
     "`evoprune run` in this process, with small budgets; the exit status."
     values = BUDGETS[Path(notebook).stem] | ({"text": str(corpus)} if corpus else {}) | changes
     options = [word for name, value in values.items() for word in ("-p", name, value.replace("{}", str(directory)))]
-    return main(["run", str(notebook), "--name", report, "--reports", str(directory / "reports"), *options])
+    return main(["run", str(notebook), "--name", report, "--reports", str(directory / "reports"), *options, *more])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_demo_compares_equals(demo, corpus, tokenizer):
     assert 0.99 * uniform <= evolved <= uniform == history.space.n_params(history.start) and evolved == history.space.n_params(history.winner)
     assert found["dense"]["n_params"] == history.space.dense_params > uniform
     measured = [found["dense"], *(row[when] for row in models.values() for when in ("before", "after"))]
-    assert all(math.isfinite(value) and value > 0 for row in measured for name, value in row.items() if name != "begin")
+    assert all(math.isfinite(value) and value > 0 for row in measured for name, value in row.items() if name not in ("begin", "block_nats"))
     assert all(row["perplexity"] == pytest.approx(math.exp(row["nats"])) and row["n_tokens"] == 1024 - 16 for row in measured)
     assert found["search_tokens"] == history.tokens == {"tuning": 8 * 2 * 128, "scoring": 8 * (3 * 128 + 2 * 256)}
     pool = load_pools(corpus, tokenizer, 64, {"heldout": 1024})["heldout"]
@@ -77,7 +78,7 @@ def test_demo_says_where_it_comes_from(demo, corpus):
     "results.json has revision, versions, machine, model and data fingerprints, seeds, all parameters, wall time and tokens used."
     row = results(demo / "reports" / "demo")
     assert {"git_revision", "python", "packages", "machine", "device", "torch_threads"} <= set(row["provenance"]) and row["provenance"]["packages"]["torch"]
-    assert set(notebook_parameters(DEMO)) - {"run_dir", "report_dir"} <= set(row["parameters"])
+    assert set(notebook_parameters(DEMO)) - {"run_dir", "report_dir", "database_dir"} == set(row["parameters"])
     assert (row["parameters"]["generations"], row["parameters"]["text"], row["parameters"]["survivors"], row["parameters"]["seed"]) == (8, str(corpus), [1, 1], 0)
     assert set(row["results"]["data_fingerprints"]) == {"calibration", "tuning", "scoring", "heldout"} and row["results"]["text_sha256"] == file_hash(corpus)
     assert re.fullmatch(r"[0-9a-f]{16}", row["results"]["model_fingerprint"]) and row["wall_seconds"] > 0 and row["results"]["post_tokens"] == 1024
@@ -112,17 +113,26 @@ def check_page(path: Path, n_images: int) -> Resources:
     return found
 
 
-def test_demo_report_opens_offline(demo):
-    "report.html loads nothing, runs nothing, holds all five pictures and the table of results, and no code."
+def test_demo_report_leads_with_its_result(demo):
+    "Title with model and verdict, sentences, one table with standard errors, text and token count; then five pictures; it loads and runs nothing, and shows no code."
     page = check_page(demo / "reports" / "demo" / "report.html", len(FIGURES))
-    assert "Pruning a language model, start to end" in page.text and "evolved" in page.text and "import pandas" not in page.text
-    assert f"{results(demo / 'reports' / 'demo')['results']['models']['evolved']['after']['perplexity']:.2f}" in page.text
+    row = results(demo / "reports" / "demo")
+    after = row["results"]["models"]["evolved"]["after"]
+    assert row["title"].startswith("tiny at 50 %: ") and page.text.index(row["title"]) < page.text.index(row["sentences"][0]) < page.text.index("post-trained") < page.text.index("The way there")
+    assert f"{after['perplexity']:,.1f} ± {after['perplexity'] * after['stderr']:,.1f}" in page.text and "1,008 held-out tokens" in page.text and "over 16 blocks" in page.text
+    assert "import pandas" not in page.text and not re.search(r"\[\d|\{'|<evoprune|False|None", page.text)
+    assert "50 % of heads and channels" in page.text and "62 % are left" in page.text
 
 
 def test_demo_leaves_what_it_promises(demo):
     "The report holds the executed notebook, the page, the results and every figure as SVG, PDF and PNG, and nothing half-done."
     report = demo / "reports" / "demo"
-    assert {path.name for path in report.iterdir()} == {"figures", "notebook.ipynb", "report.html", "results.json"}
+    assert {path.name for path in report.iterdir()} == {"figures", "notebook.ipynb", "report.html", "results.json", "run.json", "tables"}
+    assert {path.name for path in (report / "tables").iterdir()} == {f"{name}.{kind}" for name in ("comparison", "text") for kind in ("csv", "md", "tex")}
+    table = pd.read_csv(report / "tables" / "comparison.csv")
+    after = results(report)["results"]["models"]["evolved"]["after"]
+    assert table.query("model == 'evolved' and state == 'after'").perplexity.item() == pytest.approx(after["perplexity"], rel=1e-12)
+    assert r"\toprule" in (report / "tables" / "comparison.tex").read_text() and "| ---: |" in (report / "tables" / "comparison.md").read_text()
     assert {path.name for path in (report / "figures").iterdir()} == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf", "png")}
     for path in (report / "figures").iterdir():
         assert path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[path.suffix])
@@ -154,8 +164,11 @@ def test_demo_run_is_exported_by_one_command(demo, tmp_path):
 def test_run_again_it_continues(demo, corpus):
     "The same command evaluates nothing again and reports the same numbers."
     before, log = results(demo / "reports" / "demo"), (demo / "runs" / "demo" / "events.jsonl").read_bytes()
-    assert run(DEMO, demo, "demo", corpus) == 0
-    after = results(demo / "reports" / "demo")
+    report, whole = demo / "reports" / "demo", lambda: {path: path.stat().st_mtime_ns for path in (demo / "reports").rglob("*")}
+    files = whole()
+    assert run(DEMO, demo, "demo", corpus) == 0 and whole() == files  # the report is there: nothing is done
+    assert run(DEMO, demo, "demo", corpus, ["--again"]) == 0 and whole() != files
+    after = results(report)
     assert (demo / "runs" / "demo" / "events.jsonl").read_bytes() == log
     assert after["results"] == before["results"] and after["parameters"] == before["parameters"]
 
@@ -200,11 +213,16 @@ def test_a_failed_run_leaves_the_last_report_whole(tmp_path, capsys):
     assert "size 1" in capsys.readouterr().out
     report = tmp_path / "reports" / "it"
     before = {path: path.read_bytes() for path in report.rglob("*.*")}
-    assert len(before) == 6
+    assert len(before) == 7
     assert main([*command, "-p", "size", "2", "-p", "fail", "true"]) == 1
     error = capsys.readouterr().err
     assert "made to fail" in error and "ValueError" in error
     assert {path.name for path in before if path.read_bytes() != before[path]} == set()
+    assert {path.name for path in report.rglob("*.*")} - {path.name for path in before} == {"failed.ipynb", "failed.json"}
+    assert json.loads((report / "failed.json").read_text())["error"] == "ValueError: made to fail" and "made to fail" in (report / "failed.ipynb").read_text()
+    assert main(["index", "--reports", str(tmp_path / "reports")]) == 0
+    assert "ValueError: made to fail" in (tmp_path / "reports" / "index.html").read_text()
+    assert main([*command, "-p", "size", "3"]) == 0 and not list(report.glob("failed.*"))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -270,7 +288,7 @@ def test_parameter_files_fit_their_notebook(tmp_path):
 def test_command_line_values_win_over_the_file(tmp_path, monkeypatch):
     "-p overrides -f, and both reach the notebook with their types."
     seen = {}
-    monkeypatch.setattr("evoprune_nb.ui.cli.run_experiment", lambda notebook, given, name, reports: seen.update(given) or tmp_path)
+    monkeypatch.setattr("evoprune_nb.ui.cli.run_experiment", lambda notebook, given, *more, **options: seen.update(given) or tmp_path)
     (tmp_path / "some.yaml").write_text("generations: 5\noffspring: 4")
     assert main(["run", str(DEMO), "-f", str(tmp_path / "some.yaml"), "-p", "generations", "7"]) == 0
     assert check_parameters(DEMO, seen) == {"generations": 7, "offspring": 4}
@@ -313,3 +331,50 @@ def test_interrupted_command_continues(demo, corpus, tmp_path):
     assert not History(log.parent).finished
     assert run(DEMO, tmp_path, "demo", corpus) == 0
     assert History(log.parent).winner == History(demo / "runs" / "demo").winner
+
+
+GRID = 'seed: int = 0  # of it\nsize: int = 1  # of it\nrun_dir: str = "runs/it"  # where\ndatabase_dir: str = ""  # where\nreport_dir: str = "reports/it"  # where'
+GRID_BODY = "from evoprune_nb.paper.experiments import Report, declared\nreport = Report(report_dir, declared(globals()))\nif seed == 1 and size == 1: raise ValueError('no luck')\nreport.finish({'places': [run_dir, database_dir]}, f'seed {seed}')"
+
+
+def test_a_grid_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    "One report for each combination; a failed one is kept with its error, the others are made, the status is 1; run again, only what failed runs; seeds share a level database."
+    monkeypatch.chdir(tmp_path)
+    notebook = small_experiment(tmp_path / "it.ipynb", GRID, GRID_BODY)
+    command = ["run", str(notebook), "--seeds", "0,1", "--grid", "size", "1,2"]
+    assert main(command) == 1
+    assert "1 of 4 failed: it-size1-seed1" in capsys.readouterr().err
+    reports = {path.name: path for path in (tmp_path / "reports").iterdir()}
+    assert set(reports) == {f"it-size{size}-seed{seed}" for size in (1, 2) for seed in (0, 1)}
+    assert [name for name, path in reports.items() if (path / "failed.json").exists()] == ["it-size1-seed1"]
+    assert results(reports["it-size2-seed1"])["results"]["places"] == ["runs/it-size2/seed1", "runs/it-size2/database"]
+    ran = []
+    monkeypatch.setattr("evoprune_nb.paper.experiments._execute", lambda notebook, running, values, quiet: ran.append((values["seed"], values["size"])) or (_ for _ in ()).throw(RuntimeError("stop")))
+    assert main(command) == 2 and ran == [(1, 1)]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--seeds", "0,x"], "seed must be of type int; got 'x'"), (["--grid", "sise", "1,2"], "no parameter 'sise'; did you mean 'size'"), (["--grid", "size", "[1, 2"], "values of size must be a list"),
+    (["--seeds", ""], None)])
+def test_wrong_grids_stop_before_anything_runs(tmp_path, monkeypatch, capsys, options, message):
+    "All runs of a grid are checked first."
+    monkeypatch.chdir(tmp_path)
+    notebook, ran = small_experiment(tmp_path / "it.ipynb", GRID, GRID_BODY), []
+    monkeypatch.setattr("evoprune_nb.ui.cli.run_experiment", lambda *_, **__: ran.append(1) or tmp_path)
+    assert main(["run", str(notebook), *options]) == (2 if message else 0) and len(ran) == (0 if message else 1)
+    assert message is None or message in capsys.readouterr().err
+
+
+def test_plain_papermill(tmp_path, monkeypatch):
+    "Without this package's runner: parameters are checked in the first cell, the page is written, nothing else is left."
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    monkeypatch.chdir(tmp_path)
+    notebook = small_experiment(tmp_path / "it.ipynb", GRID, GRID_BODY)
+    with pytest.raises(PapermillExecutionError, match="parameter size must be of type int; got 'many'"):
+        execute_notebook(str(notebook), str(tmp_path / "out.ipynb"), {"size": "many"}, progress_bar=False)
+    assert not (tmp_path / "reports").exists()
+    execute_notebook(str(notebook), str(tmp_path / "out.ipynb"), {"size": 2}, progress_bar=False)
+    assert {path.name for path in (tmp_path / "reports" / "it").iterdir()} == {"report.html", "results.json"}
+    assert "seed 0" in (tmp_path / "reports" / "it" / "report.html").read_text()

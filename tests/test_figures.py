@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from helpers import by, made_up, short_config, small_pools
 
-from evoprune_nb.paper.drawing import THEMES, Figure, plain, save_figure
+from evoprune_nb.paper.drawing import COLUMN, THEMES, Figure, plain, save_figure
 from evoprune_nb.paper.figures import (
-    comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, relative_fitness, sparsity_figure, stages_figure, swaps, tokens_figure)
+    comparison_figure, fitness_figure, genome_figure, lineage, lineage_figure, rank_changes, relative_fitness, sparsity_figure, stage_differences, stages_figure, swaps, tokens_figure)
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.search import Search
@@ -67,8 +67,8 @@ def test_fitness_as_scored(histories, moment, view):
     history = histories[moment]
     figure = fitness_figure(history, view)
     axes, *below = figure.axes
-    assert axes.get_ylabel() == "KL to the dense model (nats per token)" and axes.get_yscale() == ("log" if view == "log" else "linear") and axes.get_title() and axes.get_legend()
-    assert figure.axes[-1].get_xlabel() == "generation" and [lower.get_ylabel() for lower in below] == ["held-out\nperplexity"] * bool(history.survivors.heldout_loss.notna().any())
+    assert axes.get_ylabel() == "KL to the dense model (nats per token)" and axes.get_yscale() == ("log" if view == "log" else "linear") and axes.get_title() and figure.legends
+    assert figure.axes[-1].get_xlabel() == "generation" and [lower.get_ylabel() for lower in below] == ["perplexity"] * bool(history.survivors.heldout_loss.notna().any())
     (line,) = [line for line in axes.lines if line.get_label() == "survivor"]
     expected = history.survivors.fitness.tolist()
     assert list(line.get_xdata()) == [generation + 1 for generation in history.survivors.generation]
@@ -78,53 +78,104 @@ def test_fitness_as_scored(histories, moment, view):
     assert figure._repr_png_()
 
 
-def levels_by_hand(history) -> list[float]:
-    "The survivors' fitness as a multiple of the start's: the product of what each generation's last stage says."
-    level, levels, frame = 1.0, [], history.evaluations
-    for (branch, generation), winner in zip(history.line, history.survivors.query("on_line").genome):
-        last = frame[(frame.branch == branch) & (frame.generation == generation) & (frame.stage == 1)].set_index("genome")
-        parent = last[last.is_parent].fitness.item()
-        level *= last.fitness[winner] / parent if winner in last.index and parent > 0 else 1
-        levels.append(level)
-    return levels
-
-
 @pytest.mark.parametrize("moment", STEPS)
 def test_fitness_on_the_same_text(histories, moment):
-    "The line begins at the start and falls with every survivor; in the last stage, marks are their ratio to the parent."
+    "A panel for each stage: marks are differences on the same tokens, to the parent where it was scored, else to the last that went on; held-out perplexity comes first."
     history = histories[moment]
-    figure = fitness_figure(history)
-    axes = figure.axes[0]
-    assert axes.get_ylabel() == "KL to the dense model,\nchange since the start (%)" and "same text" in axes.get_title() and axes.get_legend()
-    assert figure.axes[-1].get_xlabel() == "generation (0: the start)"
-    (line,) = [line for line in axes.lines if line.get_label() == "survivor"]
-    assert list(line.get_xdata()) == [0] + [generation + 1 for generation in history.survivors.generation]
-    levels = [1, *levels_by_hand(history)]
-    assert list(line.get_ydata()) == pytest.approx([100 * (level - 1) for level in levels], abs=1e-9) and levels == sorted(levels, reverse=True)
-    frame = relative_fitness(history)
-    for (_, generation), before in zip(history.line, levels):
-        last = frame[(frame.generation == generation) & (frame.stage == 1)]
-        assert last.change.tolist() == pytest.approx((100 * (before * last.fitness / last[last.is_parent].fitness.item() - 1)).tolist(), abs=1e-9)
-        first = frame[(frame.generation == generation) & (frame.stage == 0)]
-        order = first.sort_values("fitness").genome.tolist()
-        assert first.sort_values("change").genome.tolist() == order  # a stage keeps its order
-    assert frame.drop(columns="change").equals(history.evaluations)
+    frame = stage_differences(history)
+    tracked = bool(history.survivors.heldout_loss.notna().any())
+    figure = fitness_figure(history, references={"dense": 4.0, "uniform": 4.1})
+    panels = figure.axes[1:]
+    assert len(panels) == frame.stage.nunique() and figure.axes[0].get_title().startswith("Held-out perplexity, 64 tokens" if tracked else "Fitness since the start")
+    for (_, _, stage), rows in frame.groupby(["branch", "generation", "stage"]):
+        parent, on = rows[rows.is_parent].fitness, rows[rows.survived.eq(True)].fitness
+        measure = parent.item() if len(parent) else on.max() if len(on) else rows.fitness.min()
+        assert rows.difference.tolist() == pytest.approx((rows.fitness - measure).tolist())
+        drawn = {tuple(map(float, where)) for dots in panels[stage].collections for where in dots.get_offsets()}
+        shown = rows[~rows.is_parent & (rows.difference < 0)]
+        assert {(row.generation + 1.0, float(row.difference)) for row in shown.itertuples()} <= drawn
+        assert not len(parent) or panels[stage].get_ylabel() == "Δ to the\nparent"
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert (f"dense: {math.exp(4.0):.1f}" in " ".join(labels)) == tracked and ("± standard error over blocks" in labels) == tracked
+    assert frame.drop(columns="difference").equals(history.evaluations)
+
+
+def test_change_since_the_start(histories):
+    "The survivors' level is the product of their ratios to the parent in the last stage, and never rises."
+    history, level, levels = histories["finished"], 1.0, []
+    for row in history.survivors.itertuples():
+        last = history.evaluations.query(f"generation == {row.generation} and stage == 1").set_index("genome")
+        level *= last.fitness[row.genome] / last[last.is_parent].fitness.item()
+        levels.append(100 * (level - 1))
+    found = relative_fitness(history).change.tolist()
+    assert found == pytest.approx(levels) and found == sorted(found, reverse=True)
+
+
+def test_losers_do_not_lie_below_the_survivor(histories):
+    "In every stage, who fell is above who went on; in the last, above the survivor."
+    frame = stage_differences(histories["finished"])
+    for _, rows in frame.groupby(["generation", "stage"]):
+        assert rows[rows.survived.eq(False)].difference.min() >= rows[rows.survived.eq(True)].difference.max()
+
+
+def test_the_band_is_the_standard_error(histories):
+    "It lies one standard error of the loss around the survivors' held-out perplexity."
+    history = histories["finished"]
+    (band,) = [each for each in fitness_figure(history).axes[0].collections if each.get_label().startswith("±")]
+    path = history.survivors
+    assert (path.heldout_stderr > 0).all()
+    high = {round(math.exp(row.heldout_loss + row.heldout_stderr), 6) for row in path.itertuples()}
+    assert high <= {round(float(y), 6) for _, y in band.get_paths()[0].vertices}
+
+
+@pytest.mark.parametrize("draw", [lambda history, **more: fitness_figure(history, **more), lambda history, **more: sparsity_figure(history.winner, history.space, **more), lambda history, **more: comparison_figure(ROWS, **more)])
+def test_columns(histories, draw):
+    "A figure is as wide as one column of a paper or both, and nothing sticks out of it; another name is refused."
+    for column, width in COLUMN.items():
+        figure = draw(histories["finished"], column=column)
+        figure._repr_png_()
+        assert figure.get_figwidth() == width
+        tight = figure.get_tightbbox()
+        assert tight.x0 >= -0.03 and tight.x1 <= width + 0.03
+    with pytest.raises(ValueError, match="single, double"):
+        draw(histories["finished"], column="triple")
+
+
+def test_legends_can_be_read_in_grey(histories):
+    "Two entries of a legend differ in more than hue: in shape, dash or hatch, or clearly in luminance."
+    from matplotlib.colors import to_rgb
+
+    def looks(handle) -> tuple:
+        color = next(getattr(handle, name)() for name in ("get_color", "get_facecolor") if hasattr(handle, name))
+        color = color[0] if len(color) and not isinstance(color[0], (str, float)) else color
+        red, green, blue = to_rgb(color[:3] if not isinstance(color, str) else color) if len(color) else (0, 0, 0)
+        shape = [str(getattr(handle, name)()) for name in ("get_marker", "get_linestyle", "get_hatch") if hasattr(handle, name)]
+        paths = [len(path.vertices) for path in handle.get_paths()] if hasattr(handle, "get_paths") else []
+        dashes = str(getattr(handle, "_dash_pattern", ""))  # a line of a collection says "--" even when it is solid
+        return (type(handle).__name__, *shape, dashes, *paths), 0.21 * red + 0.72 * green + 0.07 * blue
+
+    for name, draw in DRAW.items():
+        figure = draw(histories["finished"])
+        for legend in (*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))):
+            seen = [looks(handle) for handle in legend.legend_handles]
+            for i, (shape, light) in enumerate(seen):
+                assert all(shape != other or abs(light - other_light) > 0.08 for other, other_light in seen[:i]), (name, seen)
 
 
 def test_fitness_with_lost_candidates_and_parents(histories):
     "Where nothing can be compared, nothing is drawn; the line goes on."
     history = histories["unlucky"]
-    frame = relative_fitness(history)
-    assert frame[frame.fitness.isna()].change.isna().all() and fitness_figure(history)._repr_png_()
+    frame = stage_differences(history)
+    assert frame[frame.fitness.isna()].difference.isna().all() and fitness_figure(history)._repr_png_()
     (line,) = [line for line in fitness_figure(history).axes[0].lines if line.get_label() == "survivor"]
     assert len(line.get_ydata()) == 1 + len(history.survivors)
 
 
-def test_fitness_that_is_no_ratio_is_shown_raw(small, tmp_path):
-    "A divergence of zero has no ratio; another view is refused."
+def test_fitness_that_is_no_ratio(small, tmp_path):
+    "A divergence of zero has no ratio, so no change since the start is shown; another view is refused."
     search = Search(tmp_path / "run", *small, small_pools(), short_config(generations=1), evaluator=by(lambda *of: dataclasses.replace(made_up(*of), fitness=0.0, disqualified="")))
     search.run(progress=False)
-    assert "nats per token" in fitness_figure(History(tmp_path / "run")).axes[0].get_ylabel()
+    assert [axes.get_title()[:7] for axes in fitness_figure(History(tmp_path / "run")).axes] == ["Stage 1", "Stage 2"]
     with pytest.raises(ValueError, match="use one of relative, raw, log"):
         fitness_figure(History(tmp_path / "run"), "linear")
 
@@ -159,8 +210,8 @@ def test_fitness_figure_shows_each_fallen_candidate_once(histories):
 def test_fitness_figure_names_the_fitness(small, tmp_path):
     "With perplexity as fitness, the axis says so."
     Search(tmp_path / "run", *small, small_pools(), short_config(fitness="perplexity", generations=1)).run(progress=False)
-    axes = [fitness_figure(History(tmp_path / "run"), view).axes[0] for view in ("relative", "raw")]
-    assert [each.get_ylabel() for each in axes] == ["perplexity,\nchange since the start (%)", "perplexity"]
+    assert "fitness (perplexity): lower is better" in texts(fitness_figure(History(tmp_path / "run")))
+    assert fitness_figure(History(tmp_path / "run"), "raw").axes[0].get_ylabel() == "perplexity"
 
 
 @pytest.mark.parametrize("moment", [*STEPS, "unlucky"])

@@ -73,7 +73,7 @@ def find_theme(
 # %% ../../nbs/paper/00_drawing.ipynb #410a9902
 def _set_type(axes) -> None:
     "Sizes of text; lines only where they carry a scale."
-    axes.title.set_size(9)
+    axes.title.set(size=9 if axes.figure.get_figwidth() > 4 else 8, x=0, ha="left")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_size(8)
     axes.tick_params(which="major", labelsize=7.5, length=3, width=0.6)

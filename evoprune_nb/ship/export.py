@@ -197,7 +197,7 @@ def load_winner(
     run_dir: str | Path,  # of a search, finished or not
     model: str = "",  # name of its dense model, where the run does not say
     dtype: str = "",  # of the dense model, where the run does not say
-    database: str | Path | None = None,  # `database` in the run directory by default
+    database: str | Path | None = None,  # `database` in the run directory, or beside it
     device: str | torch.device = "cpu",  # where the candidate goes
     genome: str = "",  # code of another genome than the winner's
 ) -> tuple[nn.Module, object, History]:
@@ -209,7 +209,9 @@ def load_winner(
     source = history.source
     if not (name := model or (source.model_name if source else "")):
         raise ValueError(f"{run_dir} does not say which model it prunes; name it (--model)")
-    directory = Path(database or Path(run_dir) / "database")
+    beside = Path(run_dir).parent / "database"  # shared by the runs of several seeds
+    own = Path(run_dir) / "database"
+    directory = Path(database or (own if own.exists() or not beside.exists() else beside))
     chosen = history.space.check(Genome.parse(genome)) if genome else history.winner
     if not (directory / "manifest.json").exists():
         raise ValueError(f"{directory} holds no level database; say where it is (--database)")
