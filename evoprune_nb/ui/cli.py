@@ -240,7 +240,7 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--text", "", "source of held-out text: embedded name, local file, hub dataset; "
                "'none' to leave it out (default: that of a run, else wikipedia-sample)")
     add_option(parser, "--column", "", "column of the text (default: that of a run, else text)")
-    add_option(parser, "--seq-len", 0, "tokens per block (default: those of a run, else 512)")
+    add_option(parser, "--seq-len", None, "tokens per block (default: those of a run, else 512)", type=int)
     add_option(parser, "--tokens", None, "held-out tokens (default: all there are)", type=int)
     add_option(parser, "--tasks", [], "names of lm-evaluation-harness, task files (.yaml; a task file runs "
                "code by !function: use only files that you trust), or files of questions (.jsonl: query, "
@@ -273,7 +273,7 @@ def _fill_in(options: argparse.Namespace) -> None:
     source = History(options.source).source if is_run(options.source) else None
     known = source or Source(options.source, text="wikipedia-sample", text_column="text", seq_len=512)
     options.text, options.column = options.text or known.text, options.column or known.text_column
-    options.seq_len = options.seq_len or known.seq_len
+    options.seq_len = known.seq_len if options.seq_len is None else options.seq_len
 
 
 def _heldout(options: argparse.Namespace, model: nn.Module, tokenizer) -> tuple[dict, dict]:
@@ -594,7 +594,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(
     arguments: list[str] | None = None,  # without the program's name; None: those of this process
 ) -> int:
-    "The command `evoprune`. Returns 0, 1 when notebooks failed, 2 for wrong use, 3 for a fault, 130 when interrupted."
+    "`evoprune`. Returns 0, 1 when notebooks failed, 2 for wrong use, 3 for a fault, 130 when interrupted."
     options = make_parser().parse_args(arguments)
     try:
         return options.function(options) or 0
