@@ -159,7 +159,8 @@ class ActiveConfig(SearchConfig):
             return replace(self, phase="race", offspring=self.elastic.entrants)
         settings = self.elastic
         if generation not in settings.scans:
-            return replace(self, phase="evolve", stages=(Stage(1, 0, settings.scoring_tokens),), warm_start=False)
+            stages = (Stage(1, 0, settings.scoring_tokens),)
+            return replace(self, phase="evolve", stages=stages, warm_start=False)
         n = 2 * (len(space.units) - len(self.frozen)) if space else self.offspring
         stages = (Stage(1, 0, settings.scan_tokens),)
         return replace(self, phase="scan", offspring=max(1, n), stages=stages, warm_start=False)

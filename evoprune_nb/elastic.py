@@ -113,8 +113,8 @@ class ElasticTraining:
         check_number("spread", self.spread, above=0, most=1)
         if self.training.batch_size % self.genomes:
             raise ValueError(
-                f"batch_size must be a multiple of genomes, which share a batch; got {self.training.batch_size} "
-                f"and {self.genomes}")
+                "batch_size must be a multiple of genomes, which share a batch; "
+                f"got {self.training.batch_size} and {self.genomes}")
 
 # %% ../nbs/14a_elastic.ipynb #4f61d870
 def elastic_step(
@@ -216,9 +216,9 @@ def load_elastic(
             about = dict(file.metadata() or {})
             found = about.pop("sha256", "")
             if found != tensor_digest(((key, file.get_tensor(key)) for key in file.keys()), about):
-                raise ValueError(f"{path} is damaged: its content is not what was saved; delete it to train anew")
+                raise ValueError(f"{path} is damaged: it is not what was saved; delete it to train anew")
             if about.get("work") != work:
-                raise ValueError(f"{path} is an elastic model of another search; delete it or name another file")
+                raise ValueError(f"{path} is of another search; delete it or name another file")
             for name, weight in elastic.model.named_parameters():
                 weight.copy_(file.get_tensor(name))
     except SafetensorError as error:

@@ -144,7 +144,7 @@ class Evaluator:
         warm_start: bool = False,  # whether survivors keep their tuned weights
         batch_size: int = SCORING_BATCH,  # blocks per forward pass of scoring
         n_jobs: int = 1,  # candidates evaluated at a time, each with its share of the cores
-        elastic: Callable[[], Elastic] | None = None,  # gives the weights that candidates share; None: dense ones
+        elastic: Callable[[], Elastic] | None = None,  # weights that candidates share; None: dense ones
         by_block: bool = False,  # also give the score of every block
     ):
         check_fitness(model, fitness)

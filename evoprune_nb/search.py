@@ -474,7 +474,8 @@ class SharedWeights:
         inputs, start = self.inputs, time.perf_counter()
         budget, center = plan_budget(inputs.space, inputs.config.target)
         seed = derive_seed(inputs.config.seed, "elastic")
-        made_of = inputs.database, inputs.pools["tuning"], budget, center, inputs.config.elastic.training, seed
+        settings = inputs.config.elastic.training
+        made_of = inputs.database, inputs.pools["tuning"], budget, center, settings, seed
         self._trained, result = elastic_model(inputs.model, *made_of, self.path)
         seconds = round(time.perf_counter() - start, 1)
         return {"work": elastic_work(*made_of), "losses": result.losses, "seconds": seconds}
@@ -486,10 +487,10 @@ def candidate_evaluator(
 ) -> Callable[[ActiveConfig, int], StageEvaluator]:
     "Makes evaluators that tune and score the candidates, as (settings in force, seed) say."
     def make(rules: ActiveConfig, seed: int) -> StageEvaluator:
+        elastic = weights if rules.phase in ("scan", "evolve") else None
         return Evaluator(
             inputs.model, inputs.database, inputs.pools, rules.stages, rules.training, rules.fitness, seed,
-            rules.warm_start, n_jobs=rules.n_jobs, elastic=weights if rules.phase in ("scan", "evolve") else None,
-            by_block=bool(rules.phase))
+            rules.warm_start, n_jobs=rules.n_jobs, elastic=elastic, by_block=bool(rules.phase))
 
     return make
 

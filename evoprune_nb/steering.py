@@ -314,8 +314,10 @@ def _back_to(state: SearchState, generation: int) -> dict:
     parent = (*state.parents, state.parent)[generation]
     return dict(
         branch=state.n_branches, n_branches=state.n_branches + 1, generation=generation, parent=parent,
-        parents=state.parents[:generation], line=state.line[:generation], observed=state.observed[:generation])
+        parents=state.parents[:generation], line=state.line[:generation],
+        observed=state.observed[:generation])
 
 
 _CHANGES = {"generation": _begin, "survivor": _end, "abandoned": _abandon, "command": _command,
-            "finished": lambda state, row: {"finished": True}, "elastic": lambda state, row: {"elastic": True}}
+            "finished": lambda state, row: {"finished": True},
+            "elastic": lambda state, row: {"elastic": True}}

@@ -45,7 +45,7 @@ def neighbours(
 # %% ../nbs/14b_surrogate.ipynb #31d79a60
 @dataclass(frozen=True)
 class LossModel:
-    "Loss of genomes relative to a centre, in nats: a normal distribution over slopes and curvatures of units."
+    "Loss of genomes relative to a centre, in nats: normally distributed slopes and curvatures of units."
     center: Genome
     space: Space
     mean: np.ndarray  # (2 · units,) slopes, then curvatures
@@ -111,8 +111,9 @@ def _kind_means(
     rows = zip(space.units, space.removed, center.levels)
     removed = np.array([gone[level] / unit.n_structures for unit, gone, level in rows])
     is_attn = np.array([unit.kind == "attn" for unit in space.units])
-    groups = np.array([np.concatenate(pair) for pair in (
-        (is_attn, 0 * is_attn), (~is_attn, 0 * is_attn), (0 * is_attn, is_attn), (0 * is_attn, ~is_attn))], float)
+    none = np.zeros_like(is_attn)
+    pairs = (is_attn, none), (~is_attn, none), (none, is_attn), (none, ~is_attn)
+    groups = np.array([np.concatenate(pair) for pair in pairs], float)
     joined = x @ groups.T
     scale = weight[:, None] * joined
     found = np.linalg.solve(joined.T @ scale + 1e-6 * np.eye(4), scale.T @ y)

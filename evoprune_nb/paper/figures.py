@@ -704,7 +704,7 @@ def sensitivity_figure(
         axes.set(ylabel="nats per token", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    figure.axes[0].legend(ncols=2, loc="best")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=2, loc="outside upper center")
     return paint(figure, theme)
 
 # %% ../../nbs/paper/01_figures.ipynb #ba5909ee
