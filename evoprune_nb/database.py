@@ -31,7 +31,7 @@ from .costs import CONTEXT_TOKENS
 from .data import TokenPool, check_blocks, load_pools
 from .genome import Space, level_grid, make_space
 from .machine.allocator import keep_freed_memory
-from .machine.checks import check_number, check_whole
+from .machine.checks import check_file_name, check_number, check_whole
 from .machine.files import read_json, replace_file, sha256_file, write_json
 from .machine.lock import DirectoryLock, contents
 from .models import Unit, load_model, model_fingerprint, non_finite, prunable_units
@@ -65,7 +65,9 @@ def read_manifest(
             f"{directory} holds no level database (no manifest.json); make one with build_database")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}; "
+            "update evoprune_nb, or build the database again elsewhere")
     lost = [key for key in ("model", "data", "removed", "units", "built") if key not in manifest]
     if lost or manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):  # version 0.1 wrote none
         why = f"it lacks {', '.join(lost)}" if lost else "its checksum differs from its content"
@@ -124,7 +126,7 @@ def check_unit_file(
     again: bool = False,  # hash it even if this process did before
 ) -> Path:
     "The path of a unit's file. Raises `ValueError` when it is missing, damaged, or another unit's."
-    path = directory / row["file"]
+    path = directory / check_file_name(f"file in the manifest of {directory}", row["file"])
     if not is_whole(path, row["sha256"], again):
         damage = "is damaged: its SHA-256 differs from the manifest's; delete it and"
         what = damage if path.exists() else "is missing;"

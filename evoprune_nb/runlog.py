@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'plain_json', 'encode_event', 'decode_event', 'read_events', 'RunDiverged', 'EventLog', 'check_record',
-           'write_settings', 'read_settings', 'parse_settings', 'write_state', 'process_is_gone', 'read_state']
+           'write_settings', 'read_settings', 'parse_settings', 'write_state', 'read_state']
 
 # %% ../nbs/19_runlog.ipynb #70785bdc
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from .config import SearchConfig, present_event
 from .genome import Space
 from .machine.device import peak_rss
-from .machine.files import read_json, write_json
+from .machine.files import naming_file, process_is_gone, read_json, write_json
 
 # %% ../nbs/19_runlog.ipynb #2630b488
 def plain_json(value) -> object:
@@ -108,7 +108,7 @@ class EventLog:
         return row
 
     def _append(self, line: bytes) -> None:
-        with open(self.path, "ab") as file:
+        with naming_file(self.path), open(self.path, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -190,20 +190,6 @@ def write_state(
     except OSError:  # a full disk, say; "running" would be wrong for ever
         path.unlink(missing_ok=True)
         raise
-
-# %% ../nbs/19_runlog.ipynb #d18dd6ab
-def process_is_gone(state: dict) -> bool:
-    "Whether the process that wrote a state has ended. Of another machine's processes that is not known: no."
-    pid = state.get("pid")
-    if state.get("host") != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # alive, and somebody else's
-        pass
-    return False
 
 # %% ../nbs/19_runlog.ipynb #cb4bad66
 def read_state(

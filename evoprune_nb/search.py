@@ -12,11 +12,12 @@ __all__ = ['SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints',
 
 # %% ../nbs/20_search.ipynb #3f6c4a56
 import math
+import os
 import random
+import socket
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ from .losses import block_losses
 from .machine.allocator import keep_freed_memory
 from .machine.checks import shown
 from .machine.device import provenance
+from .machine.files import process_is_gone, read_json, write_json
 from .machine.lock import DirectoryBusy, DirectoryLock, contents
 from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
@@ -321,6 +324,10 @@ class RunLog:
         "Whether it must be read again: the first time, after an error, or when somebody else wrote to it."
         return self._log is None or self._log.changed()
 
+    def present(self) -> SearchState:
+        "Where the log ends now, whoever writes it."
+        return position_after(self.origin, read_events(self.path)[0]) if self.is_stale() else self.end
+
     def rewind(self) -> None:
         "Go back to the first event, to play all back."
         self._log = EventLog(self.path)
@@ -382,41 +389,65 @@ def outcome(command: dict, position: SearchState, inputs: SearchInputs) -> dict:
     return {}
 
 # %% ../nbs/20_search.ipynb #63b3f5ee
-class CommandQueue:
-    "Commands from any thread, until the search has time for them."
+_MOMENTARY = ("pause", "resume", "step", "stop")  # meant for the process that they were sent to
 
-    def __init__(self, inputs: SearchInputs):
-        self.inputs, self.waiting = inputs, deque()
-        self._changed = threading.Condition()
+
+class CommandQueue:
+    "Commands from any thread or process, on disk until they are in the log."
+
+    def __init__(self, inputs: SearchInputs, run_dir: Path):
+        self.inputs, self.path, self._changed = inputs, run_dir / "queue.json", threading.Condition()
+
+    @property
+    def waiting(self) -> bool:
+        "Whether a command waits."
+        return self.path.exists()
+
+    @contextmanager
+    def _held(self, n_logged: Callable[[], int]) -> Iterator[list[dict]]:
+        "What waits, while nobody else reads or writes it; a killed process may have left what is in the log."
+        with self._changed, FileLock(self.path.with_suffix(".lock")):
+            rows = read_json(self.path)["commands"] if self.waiting else []
+            yield [row for row in rows if row["n"] >= n_logged()]
 
     def send(
         self,
         command: dict,  # what somebody wants
-        position: SearchState,  # where the log ends
+        end: Callable[[], SearchState],  # says where the log ends
     ) -> dict:
-        "Check a command and queue it. Returns it in full; a `ValueError` says what would be right."
-        with self._changed:
-            for queued in self.waiting:
-                event = {"event": "command", "command": queued} | outcome(queued, position, self.inputs)
-                position = position.after(event)
+        """Check a command and queue it. Returns it in full when it is on disk: it outlives this process.
+
+        A `ValueError` says what would be right."""
+        with self._held(lambda: end().n_commands) as rows:
+            position = end()
+            for row in rows:
+                event = {"event": "command", "command": row["command"]}
+                position = position.after(event | outcome(row["command"], position, self.inputs))
             checked = plain_json(check_at(command, position, self.inputs))
-            self.waiting.append(checked)
+            row = {"n": position.n_commands, "pid": os.getpid(), "host": socket.gethostname()}
+            write_json(self.path, {"commands": [*rows, row | {"command": checked}]})
             self._changed.notify_all()
         return checked
 
-    def apply_all(self, apply: Callable[[dict], dict]) -> list[dict]:
-        "Apply what waits, in order; a command leaves the queue when it is in the log."
-        applied = []
-        with self._changed:
-            while self.waiting:
-                applied.append(apply(self.waiting[0]))
-                self.waiting.popleft()
-        return applied
+    def apply_all(
+        self,
+        apply: Callable[[dict], dict],  # logs a command, and follows it
+        n_logged: int,  # commands in the log so far
+    ) -> list[dict]:
+        "Apply what waits, in order. Returns the events, without a pause or stop that a dead process was sent."
+        if not self.waiting:
+            return []
+        with self._held(lambda: n_logged) as rows:
+            events = [(row, apply(row["command"])) for row in rows]
+            self.path.unlink(missing_ok=True)
+        is_past = lambda row: row["command"]["command"] in _MOMENTARY and process_is_gone(row)
+        return [event for row, event in events if not is_past(row)]
 
     def wait(self) -> None:
         "Wait for a command."
         with self._changed:
-            self._changed.wait_for(lambda: self.waiting)
+            while not self.waiting:
+                self._changed.wait(0.2)  # another process tells nobody
 
 # %% ../nbs/20_search.ipynb #d4f61204
 class Evaluations:
@@ -699,7 +730,9 @@ class Stepper:
         "Apply the commands that have arrived; returns their events, without those that are played back."
         with self.guarded():
             self.engine.play_commands()
-            return self.queue.apply_all(self.engine.apply) if self.engine.log.coming is None else []
+            if self.engine.log.coming is not None:
+                return []
+            return self.queue.apply_all(self.engine.apply, self.engine.log.position.n_commands)
 
     def advance(self) -> Evaluation | Elimination | None:
         "Do one evaluation or elimination; None when the search is finished."
@@ -852,7 +885,7 @@ class Search(SearchView):
         self.lock = DirectoryLock(self.run_dir, "attach to it to watch, or stop it there first")
         self.log, self.board = RunLog(self.run_dir / "events.jsonl", origin), StatusBoard(self.run_dir)
         self.engine = Engine(self.inputs, self.log, evaluations, self.board, weights)
-        self.queue = CommandQueue(self.inputs)
+        self.queue = CommandQueue(self.inputs, self.run_dir)
         self.stepper = Stepper(self.engine, self.queue)
 
     @contextmanager
@@ -864,8 +897,8 @@ class Search(SearchView):
             yield
 
     def send(self, command: dict) -> dict:
-        "Check a command and queue it; from any thread. Returns it in full, or raises `ValueError`."
-        return self.queue.send(command, self.log.end)
+        "Check a command and queue it; from any thread or process. Returns it in full when it is on disk."
+        return self.queue.send(command, self.log.present)
 
     def step(self) -> Evaluation | Elimination | None:
         "Do one evaluation or elimination; None when the search is finished."

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from evoprune_nb.candidates import materialize
 from evoprune_nb.config import SearchConfig
 from evoprune_nb.data import TokenPool, documents, load_pools
-from evoprune_nb.database import LevelDatabase, build_database
+from evoprune_nb.database import LevelDatabase, build_database, write_manifest
 from evoprune_nb.evaluator import Evaluator
 from evoprune_nb.genome import Genome, level_grid
 from evoprune_nb.history import History
@@ -166,6 +166,9 @@ def place(tmp_path_factory, small, tiny, tokenizer, database, pools, corpus):
     newer = json.loads((root / "runs" / "run" / "database" / "manifest.json").read_text()) | {"format": 99}
     (copy("newer database") / "database" / "manifest.json").write_text(json.dumps(newer))
     (copy("no database") / "database" / "manifest.json").unlink()
+    outside = json.loads((root / "runs" / "run" / "database" / "manifest.json").read_text())
+    outside["built"]["mlp.00"]["file"] = "../../run/database/mlp.00.safetensors"
+    write_manifest(copy("outside database") / "database", {key: value for key, value in outside.items() if key != "checksum"})
     (copy("damaged database") / "database" / "mlp.00.safetensors").write_bytes(b"x")
     candidate = materialize(model, levels, levels.space.genome([1] * len(levels.units)))
     export_hf(candidate, word_tokenizer("none"), root / "export")
@@ -265,7 +268,8 @@ FUNCTIONS = [  # call, what the message must say
     (lambda p: building(p, heads="gruop"), "did you mean 'group'"), (lambda p: building(p, grid={"mpl": [0, 8]}), "'mpl'"), (lambda p: building(p, memory_bytes=10), "memory_bytes=10 is too little"), (lambda p: building(p, memory_bytes=-1), "memory_bytes.*-1"),
     (lambda p: building(p, memory_bytes=INF), "memory_bytes.*inf"), (lambda p: building(p, memory_bytes=10**6, offload_bytes=2.5), "offload_bytes.*2.5"), (lambda p: building(p, directory=p.root / "file"), "file is not empty"), (lambda p: building(p, directory=p.root / "full"), "full is not empty"),
     (lambda p: building(p, directory=p.run / "database", damping=0.5), r"built differently \(damping\)"), (lambda p: LevelDatabase(p.root / "full", p.model), "no level database.*build_database"), (lambda p: LevelDatabase(p.run / "database", p.tiny), "another model"),
-    (lambda p: LevelDatabase(p.root / "runs" / "newer database" / "database", p.model), "format 99.*reads 1"), (lambda p: LevelDatabase(p.root / "runs" / "damaged database" / "database", p.model).weight(3, 1), "mlp.00.safetensors is damaged"),
+    (lambda p: LevelDatabase(p.root / "runs" / "newer database" / "database", p.model), "format 99.*reads 1; update evoprune_nb"), (lambda p: LevelDatabase(p.root / "runs" / "damaged database" / "database", p.model).weight(3, 1), "mlp.00.safetensors is damaged"),
+    (lambda p: LevelDatabase(p.root / "runs" / "outside database" / "database", p.model).weight(3, 1), "plain file name.*'../../run/database/mlp.00.safetensors'"),
     (lambda p: materialize(p.model, p.levels, Genome((1,), (1,))), "the model has 3 and 3"), (lambda p: LevelDatabase(p.run / "database", p.model, context_tokens=0), "context_tokens.*got 0"),
     # training and scoring
     (lambda p: train(p.candidate, p.blocks.float()), "float32"), (lambda p: train(p.candidate, p.blocks + 1000), "token ids from"), (lambda p: train(p.candidate, p.blocks, checkpoint_every=0), "checkpoint_every.*0"), (lambda p: train(p.candidate, p.blocks[:0]), "no tokens"),

@@ -1,7 +1,6 @@
 """The workbench in a real JupyterLab, in a real browser: steered by mouse and keyboard, reloaded, restarted, replayed.
 
 The tests of this file are one story, told in order. Screenshots of the main states are kept in `tests/screenshots`."""
-import json
 import os
 import re
 import shutil

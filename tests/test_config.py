@@ -7,7 +7,6 @@ import pytest
 from helpers import short_config
 
 from evoprune_nb.config import ActiveConfig, SearchConfig, present_event, present_settings
-from evoprune_nb.selection import Stage
 from evoprune_nb.target import Target
 
 

@@ -1,9 +1,8 @@
 """Checkpoints whose weights are missing or not finite are refused by name, whoever wrote them."""
-import shutil
 
 import pytest
 import torch
-from helpers import random_blocks, small_model, word_tokenizer
+from helpers import small_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from evoprune_nb.candidates import materialize

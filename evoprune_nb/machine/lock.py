@@ -77,5 +77,5 @@ class DirectoryLock:
 def contents(directory: str | Path) -> list[str]:
     "Names of what lies in a directory, if it exists: sorted, without lock, note and scratch files."
     names = [path.name for path in Path(directory).iterdir()] if Path(directory).is_dir() else []
-    own = ("writer.lock", "writer.json", "driver.lock")  # the last: of version 0.1
+    own = ("writer.lock", "writer.json", "queue.lock", "driver.lock")  # the last: of version 0.1
     return sorted(n for n in names if n not in own and not (n.startswith(".") and n.endswith(".tmp")))

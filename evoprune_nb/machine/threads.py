@@ -64,7 +64,7 @@ def _in_threads(work: Callable, items: Sequence, n_threads: int) -> Generator:
         cancelled.set()
         for future in begun:
             future.cancel()
-        for thread in threads:
+        for _ in threads:
             queue.put(None)
         for thread in threads:
             thread.join()

@@ -498,7 +498,7 @@ def _post_train(options: argparse.Namespace) -> None:
         source, out = _checkpoint(options.source, options, scratch), options.out
         out = post_train_checkpoint(
             source, out, settings, options.text, options.column, report_to=options.report_to, **more)
-    if int(os.environ.get("RANK", 0)) == 0:  # one of several processes speaks
+    if int(os.environ.get("RANK", "0")) == 0:  # one of several processes speaks
         print(f"post-trained model: {out.resolve()}")
 
 # %% ../../nbs/ui/07_cli.ipynb #88bdb8fc
