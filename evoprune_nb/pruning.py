@@ -276,7 +276,8 @@ def _check_shapes(weight: torch.Tensor, hessian: torch.Tensor, removed: Sequence
     n = weight.shape[-1]
     if weight.ndim != 2 or hessian.shape != (n, n) or n % size:
         shapes = f"{tuple(weight.shape)}, {tuple(hessian.shape)} and size {size}"
-        raise ValueError(f"need a weight (out, in), a Hessian (in, in), structures that divide in; got {shapes}")
+        raise ValueError(
+            f"need a weight (out, in), a Hessian (in, in) and structures that fill it; got {shapes}")
     if not removed or min(removed) < 0 or max(removed) > n // size:
         raise ValueError(f"{n // size} structures can be removed; got {removed}")
 

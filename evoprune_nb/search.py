@@ -434,7 +434,7 @@ class CommandQueue:
         apply: Callable[[dict], dict],  # logs a command, and follows it
         n_logged: int,  # commands in the log so far
     ) -> list[dict]:
-        "Apply what waits, in order. Returns the events, without a pause or stop that a dead process was sent."
+        "Apply what waits, in order. Returns the events, without a pause or stop for a dead process."
         if not self.waiting:
             return []
         with self._held(lambda: n_logged) as rows:

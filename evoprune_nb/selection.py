@@ -84,7 +84,8 @@ def check_text(
     "Raise `ValueError` when there is too little text for a stage."
     needed = ["scoring"] + ["tuning"] * any(stage.tuning_tokens for stage in stages)
     if missing := [name for name in needed if name not in pools]:
-        raise ValueError(f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
+        raise ValueError(
+            f"pools lacks {', '.join(missing)}; load_pools gives all splits when `tokens` is None")
     for stage in stages:
         scoring_pool(pools, stage).require(stage.scoring_tokens)
         if stage.tuning_tokens:

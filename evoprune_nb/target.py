@@ -52,7 +52,8 @@ class Target:
 
     def __post_init__(self):
         if not isinstance(self.limits, dict) or not isinstance(self.caps, dict):
-            raise ValueError(f"limits and caps must be dicts; got {shown(self.limits)} and {shown(self.caps)}")
+            raise ValueError(
+                f"limits and caps must be dicts; got {shown(self.limits)} and {shown(self.caps)}")
         _check_limits(self.limits)
         _check_caps(self.caps)
         _check_size(self.sparsity, self.params, self.limits)

@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import VOCABULARY, by, events, made_up, random_blocks, short_config, small_model, small_pools, word_tokenizer
+from safetensors import safe_open
 
 from evoprune_nb.candidates import materialize
 from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.machine.fetch import cached
-from evoprune_nb.machine.files import write_text
+from evoprune_nb.machine.files import write_text, written_whole
 from evoprune_nb.replay import commands_of
 from evoprune_nb.search import Search
 from evoprune_nb.ship.export import export_hf, load_exported
@@ -62,9 +62,11 @@ def post_training(place: Path) -> None:
 
 
 def trainer(place: Path) -> None:
-    if not (place / "trained").exists():
-        settings = PostTraining(n_tokens=12 * 64, seq_len=32, batch_size=2, lr=1e-3, autocast=False)
+    settings = PostTraining(n_tokens=12 * 64, seq_len=32, batch_size=2, lr=1e-3, autocast=False)
+    try:
         post_train_checkpoint(place.parent / "exported", place / "trained", settings, str(place.parent / "text.jsonl"), checkpoint_tokens=128, use_cpu=True, progress=False)
+    except ValueError as error:  # done before
+        assert "trained exists" in str(error)
 
 
 def export(place: Path) -> None:
@@ -139,6 +141,9 @@ def contents_of(place: Path) -> dict[str, object]:
         elif path.name == "posttraining.json":
             row = json.loads(path.read_text())
             found[name] = {key: row[key] for key in ("tokens", "settings", "source_model")} | {"losses": [step["loss"] for step in row["log"]]}
+        elif path.name == "training.safetensors":  # its notes are in any order
+            with safe_open(path, framework="pt") as file:
+                found[name] = file.metadata()["sha256"]
         elif path.suffix == ".safetensors" or path.name in ("manifest.json", "config.json") and path.parent.name != "run":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name not in ("writer.lock", "queue.lock"):
@@ -189,32 +194,35 @@ def test_a_disk_that_fills_up(start, undisturbed, job):
 
 # Commands that were acknowledged.
 
-SENDS = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from helpers import by, made_up, short_config, small_model, small_pools
-from evoprune_nb.database import LevelDatabase
-from evoprune_nb.search import Search
-model = small_model("llama-gqa")
-search = Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), by(made_up))
-for _ in range(3):
-    search.step()
-search.send({"command": "note", "text": "remember"})
-search.send({"command": "set", "setting": "offspring", "value": 5})
-search.send({"command": "pause"})
-if sys.argv[4] == "in the log":
-    Path.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-    search.step()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+def sends(run_dir: Path) -> Search:
+    search = Search(run_dir, (model := small_model(FAMILY)), LevelDatabase(run_dir.parent / "levels", model), small_pools(), short_config(), by(made_up))
+    for _ in range(3):
+        search.step()
+    search.send({"command": "note", "text": "remember"})
+    search.send({"command": "set", "setting": "offspring", "value": 5})
+    search.send({"command": "pause"})
+    return search
 
 
-@pytest.mark.parametrize("when", ["queued", "in the log"])
-def test_acknowledged_commands_outlive_the_process(small, tmp_path, when):
+def dies(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def queued(run_dir: Path) -> None:
+    sends(run_dir), dies()
+
+
+def logged(run_dir: Path) -> None:
+    search, Path.unlink = sends(run_dir), dies  # the queue is emptied last
+    search.step()
+
+
+@pytest.mark.parametrize("when", [queued, logged])
+def test_acknowledged_commands_outlive_the_process(start, small, tmp_path, when):
     "What `send` has returned is in the log in the end, once, in order, and in force; a pause for the dead process holds nobody up."
-    child = subprocess.run([sys.executable, "-c", SENDS, str(Path(__file__).parent), str(small[1].directory), str(tmp_path / "run"), when], env=os.environ)
-    assert child.returncode == -signal.SIGKILL and (tmp_path / "run" / "queue.json").exists()
+    shutil.copytree(small[1].directory, tmp_path / "levels")
+    (child := start(when, tmp_path / "run")).join()
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / "run" / "queue.json").exists()
     search = Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up))
     search.run(progress=False)
     assert [row["command"]["command"] for row in commands_of(tmp_path / "run")] == ["note", "set", "pause"]
@@ -236,25 +244,23 @@ def test_commands_from_another_search_object(small, tmp_path):
 # What a killed process leaves behind.
 
 
-def killed_while_writing(place: Path, job) -> None:
-    "Run a script that kills itself in the middle."
-    script = f"import os, signal, sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nplace = Path({str(place)!r})\n{job}"
-    assert subprocess.run([sys.executable, "-c", script], env=os.environ | {"EVOPRUNE_CACHE": str(place / "cache")}).returncode == -signal.SIGKILL
-
-
-def test_killed_exports_and_fetches_clean_up(tmp_path, monkeypatch):
-    "The next call to the same place removes what the killed one left, and leaves alone what a living process writes."
-    killed_while_writing(tmp_path, """
-from evoprune_nb.machine.fetch import cached
-from evoprune_nb.machine.files import written_whole
-def half(path):
+def half(path: Path) -> None:
     path.mkdir()
     (path / "half").write_text("half")
-    (path.parent / (path.name + ".wheel")).mkdir()
-    with written_whole(place / "export") as scratch:
+    with written_whole(path.parent.parent / "export") as scratch:
         (scratch / "half").write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
-cached("thing", half)""")
+        dies()
+
+
+def fetches_half(place: Path) -> None:
+    os.environ["EVOPRUNE_CACHE"] = str(place / "cache")
+    cached("thing", half)
+
+
+def test_killed_exports_and_fetches_clean_up(start, tmp_path, monkeypatch):
+    "The next call to the same place removes what the killed one left, and leaves alone what a living process writes."
+    (child := start(fetches_half, tmp_path)).join()
+    assert child.exitcode == -signal.SIGKILL
     monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".export.")]
     assert len(left) == 1 and (tmp_path / "cache" / ".thing.tmp" / "half").exists()
@@ -265,18 +271,17 @@ cached("thing", half)""")
     assert not (tmp_path / "cache" / ".thing.tmp").exists()
 
 
-def test_a_full_disk_names_the_file(tmp_path):
-    "The system's error alone would say 'No space left on device', and not where."
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        said = pool.apply(_full, (tmp_path / "state.json",))
-    assert "state.json" in said and not list(tmp_path.iterdir())
-
-
-def _full(path: Path) -> str:
-    "What is said of a file that cannot grow beyond 100 bytes."
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+def says(place: Path) -> None:
+    "Write what is said of a file that cannot grow beyond 100 bytes."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 1000))
     try:
-        write_text(path, 1000 * "x")
+        write_text(place / "state.json", 200 * "x")
     except OSError as error:
-        return str(error)
-    return ""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        (place / "said.txt").write_text(str(error))
+
+
+def test_a_full_disk_names_the_file(start, tmp_path):
+    "The system's error alone would say 'No space left on device', and not where."
+    (child := start(says, tmp_path)).join()
+    assert child.exitcode == 0 and "state.json" in (tmp_path / "said.txt").read_text() and len(list(tmp_path.iterdir())) == 1

@@ -180,8 +180,16 @@ def _write_result(source: Path, trained: Path, out: Path, record: dict) -> None:
         _write_card(source, scratch, model, record)
 
 # %% ../../nbs/ship/07_posttraining.ipynb #d7459832
-def _check_call(out: Path, settings: PostTraining, teacher: str) -> None:
+def _is_result(out: Path, work: Path) -> bool:
+    "Whether a directory holds what the training in the working directory was to end in."
+    record, settings = out / "posttraining.json", work / "settings.json"
+    return record.exists() and settings.exists() and read_json(settings).items() <= read_json(record).items()
+
+
+def _check_call(out: Path, work: Path, settings: PostTraining, teacher: str) -> None:
     "Raise `ValueError` or `RuntimeError` for what is wrong at first sight."
+    if _is_result(out, work):  # killed between the last two steps of an earlier call
+        shutil.rmtree(work, ignore_errors=True)
     check_target(out)
     if not find_spec("accelerate"):
         raise RuntimeError("transformers.Trainer needs accelerate: pip install 'evoprune-nb[train]'")
@@ -209,7 +217,7 @@ def post_train_checkpoint(
     process trains in the same working directory.
     """
     source, out, work = Path(source), Path(out), Path(work or f"{str(out).rstrip('/')}.training")
-    _check_call(out, settings, teacher)
+    _check_call(out, work, settings, teacher)
     if checkpoint_tokens is not None:
         check_whole("checkpoint_tokens", checkpoint_tokens, least=1)
     if unknown := [name for name in options if name not in _NAMES]:

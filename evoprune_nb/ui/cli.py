@@ -425,17 +425,20 @@ def search_config(given: list[list[str]]) -> SearchConfig:
         **chosen["search"], target=Target(**chosen["target"]), training=Training(**chosen["training"]))
 
 # %% ../../nbs/ui/07_cli.ipynb #8796ea0d
+def _bytes(option: str, gigabytes: float | None) -> int | None:
+    "Bytes of an option in gigabytes. Raises `ValueError` for NaN, infinity and what is not above 0."
+    return None if gigabytes is None else int(check_number(option, gigabytes, above=0, most=1e9) * 1e9)
+
+
 def _plan(options: argparse.Namespace) -> None:
     "Print the plan, and what will not fit."
     tokens, batch = options.post_tokens, options.post_batch
-    def n_bytes(option: str, gigabytes: float | None) -> int | None:
-        return None if gigabytes is None else int(check_number(option, gigabytes, above=0, most=1e9) * 1e9)
-
+    memory, offload = _bytes("--memory-gb", options.memory_gb), _bytes("--offload-gb", options.offload_gb)
     post = PostTraining(tokens, options.seq_len, batch) if tokens else None
     device = this_device(options.dtype or "bfloat16", options.device) if options.device else None
     planned = plan(options.model, search_config(options.p), options.calibration_tokens, options.seq_len,
-                   options.dtype, options.heads, memory_bytes=n_bytes("--memory-gb", options.memory_gb),
-                   offload_bytes=n_bytes("--offload-gb", options.offload_gb), post_training=post, device=device)
+                   options.dtype, options.heads, memory_bytes=memory, offload_bytes=offload,
+                   post_training=post, device=device)
     print(f"{options.model}: {planned.dense_params:,} parameters, candidates {planned.params:,}; "
           f"{planned.groups} group(s) of Hessians, {planned.passes} pass(es) over the calibration text\n\n"
           + planned.table().rename_axis(None, axis="columns").to_string())
