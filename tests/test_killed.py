@@ -1,6 +1,6 @@
 """Real processes, killed at random moments and on disks that fill up, continue to the end of one that was left alone.
 
-CI kills each job a few times. All of it, 60 kills: EVOPRUNE_KILLS=12 python -m pytest tests/test_killed.py
+CI kills each job a few times. All of it, 60 kills: EVOPRUNE_KILLS=10 python -m pytest tests/test_killed.py
 """
 import hashlib
 import json
