@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evoprune_nb.paper.tables import as_text, booktabs, compare, markdown_table, save_table, sentence, size_sentence, verdict
+from evoprune_nb.paper.tables import as_text, compare, save_table, sentence, size_sentence, verdict
 
 
 def test_saved_three_times(tmp_path):
