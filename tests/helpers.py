@@ -158,7 +158,7 @@ def peak_of_tensors(action) -> int:
 def unchanged_below(folder: Path) -> Iterator[None]:
     "No file or folder below appears, goes or changes; the file of a lock may come, and stays."
     def seen() -> dict[Path, tuple[int, int] | None]:
-        paths = [path for path in folder.rglob("*") if path.name != "writer.lock"]
+        paths = [path for path in folder.rglob("*") if path.name not in ("writer.lock", "queue.lock")]
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
     before = seen()
