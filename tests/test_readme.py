@@ -43,7 +43,7 @@ def test_shell_example_runs(tmp_path, monkeypatch):
         block = block.replace(shown, used)
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$evoprune ")]
-    assert [command[0] for command in commands] == ["plan", "run", "post-train", "export", "eval"]
+    assert [command[0] for command in commands] == ["plan", "run", "post-train", "export", "eval", "index"]
     for command in commands:
         assert main(command) == 0, command
     assert list(Path("mine-gguf").glob("*.gguf")) and Path("reports/mine/report.html").exists()
