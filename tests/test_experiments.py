@@ -35,6 +35,13 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "benchmarks": dict(
         model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
         repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", run_dir="{}/runs/benchmarks"),
+    "proxy": dict(
+        seq_len="64", calibration_tokens="1024", post_tokens="1024", light_tokens="[128]", elastic_tokens="1024", scoring_tokens="512",
+        heldout_tokens="1024", run_dir="{}/runs/proxy"),
+    "search": dict(
+        seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
+        elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
+        post_tokens="1024", heldout_tokens="1024", run_dir="{}/runs/search"),
     "train_tiny": dict(tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
 }
 

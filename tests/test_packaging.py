@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "evoprune_nb").rglob("*.py"))
-PARTS = ["judge", "machine", "paper", "ship", "ui"]
+PARTS = ["baselines", "judge", "machine", "paper", "ship", "ui"]
 
 
 @pytest.fixture(scope="module")
