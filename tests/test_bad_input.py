@@ -72,7 +72,8 @@ SETTINGS = {
     Stage: dict(survivors=(*WHOLE, 0), tuning_tokens=WHOLE, scoring_tokens=(*WHOLE, 0)),
     SearchConfig: dict(
         generations=(*WHOLE, 0), offspring=(*WHOLE, 0, 10**9), max_swaps=(*WHOLE, 0), n_jobs=(*WHOLE, 0), heldout_tokens=WHOLE, seed=(NAN, 2.5, "lucky", None, True), fitness=("perplexty", *WORDS),
-        operator=("level_swop", *WORDS), warm_start=FLAG, target=(0.5, None, {"sparsity": 0.5}), training=(1e-4, None, {"lr": 1e-4}), stages=(None, 4, "4", ((4, 0, 64),))),
+        operator=("level_swop", *WORDS), warm_start=FLAG, target=(0.5, None, {"sparsity": 0.5}), training=(1e-4, None, {"lr": 1e-4}), stages=(None, 4, "4", ((4, 0, 64),)),
+        method=("elastik", *WORDS), elastic=(3, None, {"entrants": 3})),
     Target: dict(sparsity=(NAN, INF, 1.01, -0.01, "half", True), tolerance=(*REAL, 1.0), limits=(0.5, [0.5], "flops"), caps=(4, "wide")),
     PostTraining: dict(
         n_tokens=(*WHOLE, 0), seq_len=(*WHOLE, 0, 1), batch_size=(*WHOLE, 0), accumulation=(*WHOLE, 0), epochs=(*WHOLE, 0), shuffle_blocks=(*WHOLE, 0), lr=(*REAL, 0.0), warmup=(*REAL, 1.0),
