@@ -16,7 +16,7 @@ help:  ## list these commands
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install --editable '.[dev,eval,train]'
+	$(BIN)/python -m pip install --editable '.[dev,eval]'
 	touch $@
 
 # The browser of the workbench's tests: the system's own, installed with the system's package manager where it is missing.

@@ -67,9 +67,13 @@ class Cells:
     def __init__(
         self,
         directory: str | Path,  # e.g. "reports/study/cells"; made if missing
-        settings: dict,  # what all cells have in common, as JSON; recorded, and checked on reading
+        settings: dict | Callable[[dict], dict],  # of all, or by a cell's key: JSON that is recorded
     ):
-        self.directory, self.settings = Path(directory), _as_json(settings)
+        self.directory, self.settings = Path(directory), settings
+
+    def settings_of(self, key: dict) -> dict:
+        "What a cell is computed with."
+        return _as_json(self.settings(key) if callable(self.settings) else self.settings)
 
     def path(self, key: dict) -> Path:
         "The file of a cell."
@@ -80,7 +84,7 @@ class Cells:
         cell = read_json(path)
         if missing := {"key", "settings", "value", "seconds"} - set(cell):
             raise ValueError(f"{path} is no cell of a grid: it lacks {', '.join(sorted(missing))}")
-        if found := differences(cell["settings"], self.settings):
+        if found := differences(cell["settings"], self.settings_of(cell["key"])):
             raise ValueError(f"{path} was computed under other settings: {'; '.join(found)}. Take another "
                              "directory for these settings, or remove the cells")
         return cell
@@ -115,7 +119,7 @@ class Cells:
         origin = {name: found for name, found in provenance().items() if name != "packages"}
         now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         cell = {"key": key, "value": value, "seconds": round(seconds, 3), "finished": now}
-        cell |= {"settings": self.settings, "provenance": origin}
+        cell |= {"settings": self.settings_of(key), "provenance": origin}
         write_text(path, json.dumps(cell, indent=1) + "\n")
 
     def table(self) -> pd.DataFrame:
