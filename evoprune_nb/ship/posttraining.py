@@ -11,7 +11,6 @@ import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -191,8 +190,6 @@ def _check_call(out: Path, work: Path, settings: PostTraining, teacher: str) -> 
     if _is_result(out, work):  # killed between the last two steps of an earlier call
         shutil.rmtree(work, ignore_errors=True)
     check_target(out)
-    if not find_spec("accelerate"):
-        raise RuntimeError("transformers.Trainer needs accelerate: pip install 'evoprune-nb[train]'")
     if bool(teacher) != bool(settings.distillation):
         raise ValueError("distillation needs both a teacher and a weight above 0; "
                          f"got teacher {teacher!r} and distillation {settings.distillation}")
