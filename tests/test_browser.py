@@ -113,8 +113,20 @@ def press(page: Page, label: str) -> None:
     page.locator(".evo button", has_text=re.compile(rf"^\s*{label}\s*$")).last.click()
 
 
-def say(page: Page, words: str) -> None:
-    expect(page.locator(".evo-say").last).to_contain_text(words)
+def say(page: Page, words: str, place: str = "run") -> None:
+    "What is said beside the buttons of a place."
+    expect(page.locator(f".evo-say-{place}").last).to_contain_text(words)
+
+
+def tab(page: Page, name: str) -> None:
+    page.locator(".evo .lm-TabBar-tabLabel", has_text=re.compile(f"^{name}$")).last.click()
+
+
+def put(page: Page, label: str, value: str) -> None:
+    "Type into a field of the panel."
+    field = page.get_by_label(label, exact=True).last
+    field.fill(value)
+    field.press("Enter")
 
 
 def paused(page: Page, place: Path, condition) -> History:
@@ -180,6 +192,7 @@ def test_start_pause_step(page, place):
 
 def test_edit_a_cell_and_inject(page):
     "By keyboard: a cell is focused and pressed, its level changed, the draft fitted to the budget and injected."
+    tab(page, "Edit")
     cell = page.locator(".evo .evo-cell").nth(10)
     cell.focus()
     page.keyboard.press("Enter")
@@ -193,20 +206,22 @@ def test_edit_a_cell_and_inject(page):
     press(page, "Fit to budget")
     shoot(page, "draft")
     press(page, "Inject")
-    say(page, "inject")
+    say(page, "inject", "editor")
 
 
 def test_change_the_settings(page, place):
     "λ from 5 to 7, from the next generation on; a note; then to the end of the second generation."
-    field = page.locator(".evo input[type=number]").first
-    field.fill("7")
-    field.press("Enter")
+    tab(page, "Settings")
+    put(page, "offspring (λ)", "7")
     press(page, "Apply 1 change")
-    say(page, "offspring")
+    say(page, "offspring → 7; in force from generation", "settings")
+    expect(page.locator(".evo-waiting").last).to_contain_text("offspring → 7")
+    tab(page, "Record")
     note = page.get_by_placeholder("a note, kept with the run")
     note.fill("λ raised, one genome by hand")
     note.press("Tab")
     press(page, "Add note")
+    say(page, "λ raised", "note")
     done = len(History(place / "run").line)
     press(page, "Step: generation")
     paused(page, place, lambda history: len(history.line) == done + 1)
@@ -216,12 +231,51 @@ def test_change_the_settings(page, place):
 
 
 def test_a_wrong_setting_is_refused_at_once(page):
-    field = page.locator(".evo input[type=number]").first
-    field.fill("2")
-    field.press("Enter")
+    "Beside the button, with the field marked; what no field of the browser would keep is kept as it was typed."
+    tab(page, "Settings")
+    field = page.get_by_label("offspring (λ)", exact=True).last
+    put(page, "offspring (λ)", "2")
     press(page, "Apply 1 change")
-    say(page, "refused")
+    say(page, "refused", "settings")
+    box, button = page.locator(".evo-refused").last, page.locator(".evo button", has_text=re.compile(r"^\s*Apply")).last
+    expect(box).to_be_visible()
+    below = page.locator(".evo-say-settings").last.bounding_box()["y"] - button.bounding_box()["y"]
+    assert 0 < below < 80, "the refusal stands beside Apply"
+    shoot(page, "refused")
+    put(page, "offspring (λ)", "3.7")
+    say(page, "whole number", "settings")
+    expect(field).to_have_value("3.7")
     press(page, "Reset")
+    expect(page.locator(".evo-refused")).to_have_count(0)
+    expect(field).to_have_value("7")
+    tab(page, "Progress")
+
+
+def test_the_run_bar_stays_in_sight(page):
+    "In a window as JupyterLab gives it, the first screen says how good the model is and has a picture; the bar stays while one scrolls."
+    page.set_viewport_size({"width": 960, "height": 950})
+    page.locator(".evo-bar").last.evaluate("bar => bar.closest('.evo').scrollIntoView()")
+    expect(page.locator(".evo-quality").first).to_contain_text("uniform")
+    top = page.locator(".evo-quality").first.bounding_box()["y"]
+    picture = page.locator(".evo-figure[aria-label^=fitness]").last.bounding_box()
+    assert top < 300 and picture["y"] < 700
+    shoot(page, "first-screen")
+    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollBy(0, 300)")
+    page.wait_for_timeout(300)
+    assert 0 <= page.locator(".evo-bar").last.bounding_box()["y"] < 130
+    shoot(page, "scrolled")
+    wide = page.evaluate("document.querySelector('.evo').scrollWidth - document.querySelector('.evo').clientWidth")
+    assert wide <= 1, "nothing is wider than the panel"
+    page.set_viewport_size({"width": 1400, "height": 2350})
+
+
+def test_values_on_hover(page):
+    "Marks of the pictures carry titles that the pointer reaches."
+    mark = page.locator(".evo-figure[aria-label^=fitness] g[id^=hint] title").first
+    expect(mark).to_be_attached()
+    hit = page.evaluate("""() => { const use = document.querySelector('.evo-figure g[id^=hint] title').parentElement, box = use.getBoundingClientRect();
+        const found = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2); return found && !!found.closest('g[id^=hint]'); }""")
+    assert hit
 
 
 def test_reload_keeps_everything(page, place):

@@ -261,3 +261,16 @@ def test_sensitivities_are_drawn(undisturbed):
     assert len(table) == len([row for row in events(undisturbed.run_dir) if row["event"] == "evaluation" and row["generation"] == 0]) - 1
     assert len(sensitivity_figure(history.position.observed[0], history.space).axes) == 2
     assert len(sensitivity_figure([], history.space).axes) == 1
+
+
+def test_the_panel_shows_what_levels_cost(undisturbed):
+    "A map of unit × level whose cells say their values; what the model expects of the present levels is nothing."
+    from evoprune_nb.ui.gallery import latest_moment, level_losses, sensitivity_parts
+
+    history = History(undisturbed.run_dir)
+    losses, space = level_losses(history), history.space
+    assert [len(row) for row in losses] == [space.n_levels(i) for i in range(len(space.units))]
+    assert all(row[level] == 0 for row, level in zip(losses, history.winner.levels))
+    parts = sensitivity_parts(latest_moment(history))
+    shown = parts["levels"][1]()
+    assert shown.count("<title>") == sum(map(len, losses)) and "nats" in shown and parts["sensitivities"][1]().count("<title>") > len(space.units)

@@ -281,6 +281,23 @@ def test_steering_is_marked(steered):
     assert len(lineage(steered)) == 1 + len(steered.line) and lineage_figure(steered)._repr_png_()
 
 
+def test_a_branch_has_its_own_marks(small, tmp_path):
+    "What was steered on the line that was left is not marked on the new one; what comes after the end is within the axes."
+    search = Search(tmp_path / "run", *small, small_pools(), short_config(), evaluator=by(lambda *of: dataclasses.replace(made_up(*of), fitness=0.5, disqualified="")))
+    search.run(progress=False)
+    search.send({"command": "note", "text": "of the old line"})
+    search.send({"command": "branch", "generation": 1})
+    search.run(progress=False)
+    search.send({"command": "note", "text": "after the end"})
+    with search.driving():
+        search.stepper.drain()
+    axes = fitness_figure(History(search.run_dir)).axes[0]
+    words = texts(axes.figure)
+    assert "of the old line" not in words and "back to generation 2" in words and "after the end" in words
+    low, high = axes.get_xlim()
+    assert all(low < line.get_xdata()[0] < high for line in axes.lines)
+
+
 @pytest.mark.parametrize("draw", [fitness_figure, stages_figure, lineage_figure, tokens_figure])
 @pytest.mark.parametrize("theme", THEMES)
 def test_themes(histories, draw, theme):

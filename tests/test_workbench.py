@@ -1,4 +1,5 @@
 """The panel without a browser: clicks queue commands, the view follows the run directory, and every state looks intended."""
+import gc
 import json
 import os
 import re
@@ -10,12 +11,15 @@ import ipywidgets as widgets
 import pytest
 from helpers import by, made_up, short_config, small_pools
 
+from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.runlog import write_state
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
-from evoprune_nb.ui.session import run_state, run_status
-from evoprune_nb.ui.workbench import Workbench, attach
+from evoprune_nb.source import Source
+from evoprune_nb.ui import session
+from evoprune_nb.ui.session import check_unchanged, heldout_quality, run_state, run_status
+from evoprune_nb.ui.workbench import Workbench, attach, open_run
 
 WAIT = 60  # seconds, after which a test that waits for an event fails
 
@@ -121,7 +125,7 @@ def test_prepared(bench):
     "Once prepared: settings and genome can be seen and changed, and no evaluation was made."
     panel = prepared(bench())
     assert run_status(panel.driver) == "stopped" or run_status(panel.driver) == "ready"
-    assert panel.history.evaluations.empty and panel.steering.editor and panel.steering.form.fields["offspring"].value == 4
+    assert panel.history.evaluations.empty and panel.steering.editor and panel.steering.form.fields["offspring"].number == 4
     assert "press Start" in text(panel.run.say)
 
 
@@ -164,31 +168,34 @@ def test_settings(bench):
     gate.arrive()
     form = panel.steering.form
     assert form.apply.disabled
-    form.fields["offspring"].value = 6
-    form.fields["lr"].value = 0.002
+    form.fields["offspring"].value = "6"
+    form.fields["lr"].value = "2e-3"
     assert form.apply.description == "Apply 2 changes" and not form.apply.disabled
     form.apply.click()
-    form.fields["offspring"].value = 1
+    form.fields["offspring"].value = "1"
     form.apply.click()
-    assert "refused" in text(panel.run.say) and "narrow" in text(panel.run.say)
+    said = text(form.say.widget)
+    assert "refused" in said and "narrow" in said and "evo-refused" in form.fields["offspring"]._dom_classes and text(panel.run.say).strip() == "started"
+    form.fields["offspring"].value = "5"
+    assert "refused" not in text(form.say.widget) and "evo-refused" not in form.fields["offspring"]._dom_classes
     gate.open()
     assert panel.worker.join(WAIT)
     panel.refresh()
     assert (panel.history.rules.offspring, panel.history.rules.lr) == (6, 0.002)
     assert panel.history.commands.name.tolist() == ["set", "set"]
     form.undo.click()
-    assert form.fields["offspring"].value == 6 and form.apply.disabled
+    assert form.fields["offspring"].number == 6 and form.apply.disabled
 
 
 def test_fewer_offspring_come_after_their_stages(bench):
     "Stages and a smaller λ changed together are sent in the order in which each is valid."
     panel = prepared(bench())
-    panel.steering.form.fields["offspring"].value = 1
+    panel.steering.form.fields["offspring"].value = "1"
     panel.steering.form.stages.value = (Stage(1, 0, 32),)
     panel.steering.form.touched()
     assert list(panel.steering.form.changes()) == ["stages", "offspring"]
     panel.steering.form.apply.click()
-    assert "refused" not in text(panel.run.say)
+    assert "refused" not in text(panel.steering.form.say.widget)
     finished(panel)
     assert panel.history.rules.offspring == 1 and len(panel.history.rules.stages) == 1
 
@@ -210,7 +217,7 @@ def test_a_draft_is_edited_and_injected(bench):
     assert "fits" in text(editor.size) and editor.draft.levels[3] == 0 and not editor.inject.disabled
     code = editor.draft.code
     editor.inject.click()
-    assert "queued: inject" in text(panel.run.say)
+    assert "queued: inject" in text(editor.say.widget)
     gate.open()
     assert panel.worker.join(WAIT)
     panel.refresh()
@@ -408,7 +415,7 @@ def test_what_stays_the_same_sends_nothing(bench):
 def test_every_control_explains_itself(bench):
     "All controls have tooltips, and nothing is an Output widget."
     panel = prepared(bench())
-    kinds = (widgets.Button, widgets.ToggleButton, widgets.Dropdown, widgets.Text, widgets.IntSlider, widgets.FloatText, widgets.BoundedIntText)
+    kinds = (widgets.Button, widgets.ToggleButton, widgets.Dropdown, widgets.Text, widgets.IntSlider, widgets.FloatText)
     controls = [widget for widget in tree(panel.widget) if isinstance(widget, kinds)]
     assert len(controls) > 30 and [control for control in controls if not control.tooltip] == []
     assert not [widget for widget in tree(panel.widget) if isinstance(widget, widgets.Output)]
@@ -419,3 +426,203 @@ def test_the_run_is_that_of_a_search_without_a_panel(bench, small, tmp_path):
     panel = finished(bench())
     alone = Search(tmp_path / "alone", *small, small_pools(), short_config(), evaluator=by(made_up))
     assert alone.run(progress=False) == History(panel.run_dir).winner
+
+
+@pytest.mark.parametrize("name, typed, why", [
+    ("offspring", "-1", "at least 1"), ("offspring", "3.7", "whole number"), ("offspring", "1e12", "10,000"), ("offspring", "", "whole number"),
+    ("offspring", "1,5", "whole number"), ("generations", "0", "at least"), ("lr", "-1", "above 0"), ("lr", "nan", "a number")])
+def test_a_number_is_refused_as_it_was_typed(bench, name, typed, why):
+    "Nothing is rounded, clamped or cut: what cannot be is refused beside the fields, in words, and its field is marked."
+    panel = prepared(bench())
+    form = panel.steering.form
+    form.fields[name].value = typed
+    form.apply.click()
+    assert why in text(form.say.widget) and form.fields[name].value == typed and "evo-refused" in form.fields[name]._dom_classes
+    assert not (panel.run_dir / "queue.json").exists()
+    form.undo.click()
+    assert not text(form.say.widget).strip() and "evo-refused" not in form.fields[name]._dom_classes
+
+
+def test_exponents_are_read_and_shares_above_one_refused(bench):
+    panel = prepared(bench())
+    form = panel.steering.form
+    form.fields["offspring"].value, form.target.limits["flops"].value = "1e1", "2"
+    form.apply.click()
+    assert "queued: offspring → 10" in text(form.say.widget) and "refused" in text(form.say.widget)
+    assert "evo-refused" in form.target.limits["flops"]._dom_classes and "evo-refused" not in form.fields["offspring"]._dom_classes
+
+
+def test_what_is_hardly_meant_is_asked_about(bench):
+    "A learning rate of a billion, or a stage that scores less than a block: sent when Apply is pressed again."
+    form = prepared(bench()).steering.form
+    form.fields["lr"].value = "1e9"
+    form.stages.value = (Stage(2, 0, 32), Stage(1, 64, 10))
+    form.apply.click()
+    assert "far from" in text(form.say.widget) and "less than a block of 16" in text(form.say.widget) and not form.apply.disabled
+    form.apply.click()
+    assert text(form.say.widget).count("queued") == 2
+
+
+def test_no_fewer_generations_than_are_done(bench):
+    panel = finished(bench())
+    panel.steering.form.fields["generations"].value = "2"
+    assert "at least 3" in text(panel.steering.form.say.widget) and panel.steering.form.apply.disabled
+
+
+def test_a_finished_run_goes_on(bench):
+    "More generations wait, are listed, and let Start be pressed."
+    panel = finished(bench())
+    assert panel.run.start.disabled and "more generations take it up again" in text(panel.head)
+    panel.steering.form.fields["generations"].value = "4"
+    panel.steering.form.apply.click()
+    panel.refresh()
+    assert "waits until Start is pressed" in text(panel.steering.form.say.widget) and "Waiting until Start is pressed: generations → 4" in " ".join(text(panel.run.waiting).split()) and not panel.run.start.disabled
+    finished(panel)
+    assert len(panel.history.line) == 4 and not panel.run.waiting.value and panel.run.start.disabled and "applied: generations → 4" in text(panel.steering.form.say.widget)
+
+
+def test_a_run_of_another_kernel_is_loaded_when_it_is_needed(bench):
+    "Attached without model and text, every control can be used: the first that needs them loads them."
+    first = finished(bench())
+    first.driver._worker = None
+    gc.collect()
+    panel = bench()
+    assert panel.worker is None and "load the model first" in text(panel.head) and not panel.steering.editor.freeze.disabled
+    panel.steering.form.fields["generations"].value = "4"
+    panel.steering.form.apply.click()
+    panel.driver.background.join()
+    panel.refresh()
+    assert panel.worker is not None and "queued: generations → 4" in text(panel.steering.form.say.widget) and not panel.run.start.disabled
+    assert "stopped" not in text(panel.run.say)
+
+
+def test_another_search_in_the_same_directory_is_refused(small, tmp_path):
+    "At once, with what differs, also while this kernel holds the run."
+    run_dir, source = tmp_path / "run", Source(seq_len=16)
+    search = Search(run_dir, *small, small_pools(), short_config(), evaluator=by(made_up), source=source)
+    check_unchanged(run_dir, source, search.config)
+    with pytest.raises(ValueError, match=r"config.offspring \(4 there, 6 here\)"):
+        open_run(run_dir, source, short_config(offspring=6))
+    with pytest.raises(ValueError, match=r"seq_len \(16 there, 32 here\)"):
+        open_run(run_dir, Source(seq_len=32), search.config)
+
+
+def test_how_good_the_model_is_comes_first(bench):
+    "Dense, uniform and now in held-out perplexity with its error, above the fold; of any candidate on demand; kept with the run."
+    panel = prepared(bench())
+    panel.driver.background.join()
+    panel.refresh()
+    said = text(panel.run.quality)
+    assert all(word in said for word in ("dense", "uniform", "now", "±", "+0.0 %", "48 tokens"))
+    finished(panel)
+    panel.candidate.choice.value = code = panel.candidate.choice.options[-1][1]
+    panel.refresh()
+    assert "–" in text(panel.candidate.quality) and not panel.candidate.measure.disabled
+    panel.candidate.measure.click()
+    panel.driver.background.join()
+    panel.refresh()
+    assert "–" not in text(panel.candidate.quality) and panel.candidate.measure.disabled
+    kept = json.loads((panel.run_dir / "quality.json").read_text())["losses"]
+    dense, untuned = kept[panel.history.space.genome([0] * len(panel.history.space.units)).code], kept[code]
+    assert heldout_quality(panel.worker.search.inputs, Genome.parse(code)) == tuple(untuned) and dense != untuned
+
+
+def test_the_winner_so_far_was_scored_in_the_last_stage(bench):
+    "While the second generation is in its first stage, the winner is still the first one's."
+    gate = Gate()
+    panel = started(bench(gate))
+    n = sum(panel.history.rules.candidates) + 1
+    for _ in range(n):
+        gate.arrive()
+        gate.let()
+    gate.arrive()
+    panel.refresh()
+    assert panel.history.generation == 1 and len(panel.history.evaluations) == n and panel.shown == panel.history.winner.code == panel.history.survivors.genome[0]
+    assert panel.candidate.choice.options[0][0] == "the winner so far"
+
+
+def test_what_waits_for_the_next_generation_is_not_called_applied(bench):
+    gate = Gate()
+    panel = started(bench(gate))
+    gate.arrive()
+    panel.steering.form.fields["offspring"].value = "6"
+    panel.steering.form.apply.click()
+    gate.let()
+    gate.arrive()
+    panel.refresh()
+    assert "accepted: offspring → 6; in force from generation 2 on" in text(panel.steering.form.say.widget)
+    assert "From generation 2 on: offspring → 6" in " ".join(text(panel.run.waiting).split())
+    gate.open()
+    assert panel.worker.join(WAIT)
+    panel.refresh()
+    assert not panel.run.waiting.value
+
+
+def test_what_another_candidate_wrote_is_gone(bench):
+    panel = finished(bench())
+    panel.candidate.of, panel.candidate.answer.value = panel.shown, "its words"
+    panel.refresh()
+    assert panel.candidate.answer.value == "its words"
+    panel.candidate.choice.value = panel.candidate.choice.options[-1][1]
+    panel.refresh()
+    assert panel.candidate.answer.value == "" or panel.shown == panel.history.winner.code
+
+
+def test_a_branch_says_what_it_keeps(bench):
+    panel = prepared(bench())
+    panel.steering.form.fields["offspring"].value = "5"
+    finished(panel)
+    panel.steering.form.fields["offspring"].value = "6"
+    panel.steering.form.apply.click()
+    panel.moment.slider.value = 1
+    panel.refresh()
+    assert "winner of then, under the settings in force now" in text(panel.moment.keeps) and "changed since then" not in text(panel.moment.keeps)
+    panel.moment.back.click()
+    panel.driver.background.join()
+    assert panel.worker.join(WAIT)
+    panel.moment.slider.value = 1
+    panel.refresh()
+    assert "changed since then: offspring" in text(panel.moment.keeps) and "applied: back to generation 2" in text(panel.moment.say.widget)
+
+
+def test_pictures_say_their_values(bench):
+    "Marks of fitness, stages and genome have titles."
+    panel = finished(bench())
+    panel.gallery.urgent = True
+    panel.refresh()
+    shown = {name: re.findall("<title>(.*?)</title>", panel.gallery.views[name].value) for name in ("fitness", "stages", "genome")}
+    evaluations, units = panel.history.evaluations, panel.history.space.units
+    assert sum("stage 1" in words for words in shown["fitness"]) == (evaluations[evaluations.disqualified == ""].stage == 0).sum()
+    assert any(re.search(r"c\d, generation 3, stage 2: .*, rank 1", words) for words in shown["stages"])
+    assert len(shown["genome"]) == 2 * len(units) and shown["genome"][0].startswith("attn.00: keeps")
+
+
+def test_units_are_timed_only_when_a_limit_or_the_source_asks(small, tmp_path, monkeypatch):
+    class Made(Source):
+        load_model = lambda self: (small[0], None)
+        load_pools = lambda self, *_, **__: small_pools()
+        build_database = lambda self, *_, **__: small[1]
+
+    class Timed(Exception):
+        pass
+
+    def measure(*_, **__):
+        raise Timed
+
+    monkeypatch.setattr(session, "measure_unit_latency", measure)
+    session.prepare_search(Made(), tmp_path / "a", short_config(), lambda _: None)
+    for made, config in ((Made(latency=True), short_config()), (Made(), short_config(limits={"latency": 0.7}))):
+        with pytest.raises(Timed):
+            session.prepare_search(made, tmp_path / "b", config, lambda _: None)
+
+
+def test_levels_have_buttons_where_their_cost_is_known(bench):
+    "Pressed, a level is the draft's; without measurements there are none."
+    editor = prepared(bench()).steering.editor
+    assert editor.tools.strip.children == ()
+    editor.follow(editor.parent, editor.budget, editor.frozen, True, [[0.1 * level for level in range(editor.space.n_levels(i))] for i in range(len(editor.space.units))])
+    editor.cells[2].click()
+    levels = editor.tools.strip.children
+    assert len(levels) == editor.space.n_levels(2) and levels[1].description == f"{editor.space.kept(2, 1)}: +0.100" and "attn.02 at level 1" in levels[1].tooltip
+    levels[1].click()
+    assert editor.draft.levels[2] == 1 and "evo-selected" in levels[1]._dom_classes and "evo-changed" in editor.cells[2]._dom_classes

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'VERMILLION', 'SKY', 'GREY', 'THEMES', 'Figure', 'column_width', 'Theme',
-           'find_theme', 'paint', 'empty_figure', 'plain', 'save_figure']
+           'find_theme', 'add_hints', 'paint', 'empty_figure', 'plain', 'save_figure']
 
 # %% ../../nbs/paper/00_drawing.ipynb #30360e59
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,10 @@ def _settle(figure: mpl_figure.Figure) -> None:
 
 class Figure(mpl_figure.Figure):
     "A matplotlib figure that shows itself as the last value of a notebook cell."
+
+    def __init__(self, *sizes, **more):
+        super().__init__(*sizes, **more)
+        self.hints: dict[str, list[str]] = {}  # id of marks → words for each, on a page
 
     def _repr_png_(self) -> bytes:
         _settle(self)
@@ -69,6 +75,25 @@ def find_theme(
     if name not in THEMES:
         raise ValueError(f"theme {name!r} is unknown; use one of {', '.join(THEMES)}")
     return THEMES[name]
+
+# %% ../../nbs/paper/00_drawing.ipynb #7b9b2791
+def add_hints(
+    axes,  # of a `Figure`
+    x: Sequence[float],  # where
+    y: Sequence[float],  # where; what is not finite is left out
+    words: Sequence[str],  # for each place
+    theme: Theme,  # only that of a page shows hints
+    size: float = 40,  # of a place, in square points
+) -> None:
+    "Let places of a page's figure show words under the pointer."
+    if theme is not THEMES["page"]:
+        return
+    shown = [(a, b, text) for a, b, text in zip(x, y, words) if math.isfinite(b)]
+    if shown:
+        places = axes.scatter([a for a, _, _ in shown], [b for _, b, _ in shown], s=size, alpha=0, zorder=9,
+                              marker="s")
+        places.set_gid(f"hint-{len(axes.figure.hints)}")
+        axes.figure.hints[places.get_gid()] = [text for _, _, text in shown]
 
 # %% ../../nbs/paper/00_drawing.ipynb #410a9902
 def _set_type(axes) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'References', 'stage_differences', 'relative_fitness', 'fitness_figure', 'level_color', 'genome_figure',
            'sparsity_figure', 'candidate_names', 'rank_changes', 'stages_figure', 'lineage', 'swaps', 'lineage_figure',
-           'tokens_figure', 'sensitivities', 'sensitivity_figure', 'comparison_figure']
+           'tokens_figure', 'sensitivities', 'sensitivity_figure', 'level_map_figure', 'comparison_figure']
 
 # %% ../../nbs/paper/01_figures.ipynb #b97cf691
 import re
@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..genome import Genome, Space
 from ..history import History
 from .drawing import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, Figure, Theme
-from .drawing import column_width, empty_figure, find_theme, paint, plain
+from .drawing import add_hints, column_width, empty_figure, find_theme, paint, plain
 from ..surrogate import Observation
 
 # %% ../../nbs/paper/01_figures.ipynb #ba85abeb
@@ -82,6 +82,20 @@ def _is_on_line(history: History, frame: pd.DataFrame) -> pd.Series:
     on_line = [key in line for key in zip(frame.branch, frame.generation)]
     return pd.Series(on_line, index=frame.index, dtype=bool)
 
+# %% ../../nbs/paper/01_figures.ipynb #a71f9665
+def _evaluation_words(history: History, frame: pd.DataFrame) -> list[str]:
+    "What evaluations say of themselves: who, when, and the scores."
+    names = {(row.branch, row.generation): {row.parent: "parent"} | {
+                 code: f"c{i}" for i, code in enumerate(row.offspring, 1)}
+             for row in history.generations.itertuples()}
+    def words(row) -> str:
+        name = names[row.branch, row.generation].get(row.genome, row.genome)
+        tuned = f" after {row.tuning_tokens:,} tokens of tuning" if row.tuning_tokens else ""
+        score = f"{row.disqualified or f'{row.fitness:.4g}'}{tuned}, rank {row.rank}"
+        return f"{name}, generation {row.generation + 1}, stage {row.stage + 1}: {score}"
+
+    return [words(row) for row in frame.itertuples()]
+
 # %% ../../nbs/paper/01_figures.ipynb #68f7f417
 def _draw_fallen(axes, history: History, last: pd.DataFrame) -> None:
     "Candidates that fell, by stage."
@@ -89,7 +103,7 @@ def _draw_fallen(axes, history: History, last: pd.DataFrame) -> None:
     here = _is_on_line(history, fell)
     for stage, group in fell.groupby("stage"):
         color, marker = _style(stage)
-        for on, alpha, name in ((True, 0.8, f"fell in stage {stage + 1}"), (False, 0.25, None)):
+        for on, alpha, name in ((True, 0.8, f"fell in stage {stage + 1}"), (False, 0.4, None)):
             part = group[here[group.index] == on]
             if len(part):
                 axes.scatter(
@@ -116,25 +130,29 @@ def _mark_disqualified(axes, generations: Iterable[int]) -> None:
             va="top", ha="center", color=VERMILLION, fontsize=8)
 
 # %% ../../nbs/paper/01_figures.ipynb #352a2b71
-def _draw_survivors(axes, history: History, survivors: pd.DataFrame, label: str | None, size: float = 6):
-    "Join survivors along the present line; branches that were left are pale. `y` is what is drawn."
+def _draw_survivors(axes, history: History, survivors: pd.DataFrame, label: str | None, theme: Theme):
+    "Join survivors along the present line; branches that were left are grey. `y` is what is drawn."
     here = _is_on_line(history, survivors)
     for branch, group in survivors[~here].groupby("branch"):
         axes.plot(
-            group.generation + 1, group.y.astype(float), color=BLUE, marker="o", markersize=size, alpha=0.25,
-            linestyle=":", label=f"left branch {branch}" if label else None)
+            group.generation + 1, group.y.astype(float), color=theme.muted, marker="o", markersize=3,
+            alpha=0.8, linestyle=":", label=f"left branch {branch}" if label else None)
     path = survivors[here].sort_values("generation")
     axes.plot(
-        path.generation + 1, path.y.astype(float), color=BLUE, marker="o", markersize=size, label=label,
+        path.generation + 1, path.y.astype(float), color=BLUE, marker="o", markersize=4, label=label,
         zorder=3)
 
 # %% ../../nbs/paper/01_figures.ipynb #abed4f98
 def _steering(history: History) -> dict[float, str]:
     "Where the time axis is marked, and with what."
     marks: dict[float, list[str]] = {}
-    for row in history.commands.itertuples():
-        if row.name not in ("pause", "resume", "step", "stop") and not row.refused:
-            marks.setdefault(row.generation + 1.0, []).append("inject" if row.name == "inject" else row.text)
+    here, n_branches = {*history.line, (history.branch, history.generation)}, 0
+    for row in history.commands[history.commands.refused.isna()].itertuples():
+        place = row.branch, row.generation
+        if row.name == "branch":  # marks where the new branch begins
+            n_branches, place = n_branches + 1, (n_branches + 1, row.command["generation"])
+        if row.name not in ("pause", "resume", "step", "stop") and place in here:
+            marks.setdefault(place[1] + 1.0, []).append("inject" if row.name == "inject" else row.text)
     return {x: ", ".join(dict.fromkeys(labels)) for x, labels in marks.items()}
 
 
@@ -176,12 +194,16 @@ def _draw_references(axes, references: References, ink: str) -> None:
 def _draw_heldout(axes, history: History, references: References, theme: Theme) -> None:
     "Held-out perplexity of the survivors, with a band of one standard error over blocks."
     frame = history.survivors.dropna(subset=["heldout_loss"])
-    _draw_survivors(axes, history, frame.assign(y=np.exp(frame.heldout_loss)), "survivor, untrained", 4)
+    _draw_survivors(axes, history, frame.assign(y=np.exp(frame.heldout_loss)), "survivor, untrained", theme)
     path = frame[_is_on_line(history, frame)].dropna(subset=["heldout_stderr"]).sort_values("generation")
     low, high = (np.exp(path.heldout_loss + sign * path.heldout_stderr) for sign in (-1, 1))
     if len(path):
         label = "± standard error over blocks"
         axes.fill_between(path.generation + 1, low, high, color=BLUE, alpha=0.18, linewidth=0, label=label)
+    words = [f"generation {row.generation + 1}: {np.exp(row.heldout_loss):.4g}" + (
+                 f" ± {np.exp(row.heldout_loss) * row.heldout_stderr:.2g}" if row.heldout_stderr > 0 else "")
+             for row in frame.itertuples()]
+    add_hints(axes, frame.generation + 1, np.exp(frame.heldout_loss), words, theme)
     _draw_references(axes, references, theme.ink)
     source = Path(history.source.text) if history.source else None
     text = f" of {plain(source.name if source.exists() else source)}" if source else ""
@@ -189,12 +211,12 @@ def _draw_heldout(axes, history: History, references: References, theme: Theme) 
     axes.set_ylabel("perplexity")
 
 
-def _draw_change(axes, history: History) -> None:
+def _draw_change(axes, history: History, theme: Theme) -> None:
     "How far the survivors' fitness has come since the start."
     start = pd.DataFrame({"branch": [history.branch], "generation": [-1], "change": [0.0]})
     change = relative_fitness(history)[["branch", "generation", "change"]]
     frame = pd.concat([start, change], ignore_index=True)
-    _draw_survivors(axes, history, frame.assign(y=frame.change), "survivor", 4)
+    _draw_survivors(axes, history, frame.assign(y=frame.change), "survivor", theme)
     axes.set_title("Fitness since the start, on the same tokens")
     axes.set_ylabel("change (%)")
 
@@ -242,7 +264,9 @@ def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: T
     here, edge = _is_on_line(history, rows), _edge(rows.difference)
     for label, these, looks in _stage_kinds(rows, theme):
         _draw_marks(axes, rows[these & here], edge, label, **looks)
-        _draw_marks(axes, rows[these & ~here], edge, None, **looks | {"alpha": 0.25})
+        _draw_marks(axes, rows[these & ~here], edge, None, **looks | {"alpha": 0.4})
+    places = rows.generation + 1, rows.difference.clip(upper=edge)
+    add_hints(axes, *places, _evaluation_words(history, rows), theme)
     _mark_disqualified(axes, rows[rows.disqualified != ""].generation.unique())
     stages = history.rules_in_force.stages
     words = _stage_label(stage, stages[stage]).split("\n")[1:] if stage < len(stages) else []
@@ -268,7 +292,8 @@ def _draw_raw(axes, history: History, theme: Theme) -> None:
     _draw_fallen(axes, history, last)
     _draw_waiting(axes, history, last, theme)
     _mark_disqualified(axes, frame[frame.disqualified != ""].generation.unique())
-    _draw_survivors(axes, history, survivors, "survivor", 4)
+    _draw_survivors(axes, history, survivors, "survivor", theme)
+    add_hints(axes, last.generation + 1, last.y, _evaluation_words(history, last), theme)
     axes.set_ylabel(_fitness_name(history))
     axes.set_title("Fitness as scored (lower is better)")
 
@@ -283,7 +308,7 @@ def _relative_panels(figure: Figure, history: History, references: References, t
     if tracked:
         _draw_heldout(panels[0], history, references, theme)
     elif first:
-        _draw_change(panels[0], history)
+        _draw_change(panels[0], history, theme)
     _draw_stages(panels[first:], history, theme)
     name = "KL in nats per token" if history.rules.fitness == "kl" else "perplexity"
     figure.supylabel(f"fitness ({name}): lower is better", fontsize=8, color=theme.ink)
@@ -333,7 +358,8 @@ def fitness_figure(
     for number, panel in enumerate(panels):
         _mark_steering(panel, _steering(history), colors, words=not number)
     _share_legend(figure, narrow=column == "single")
-    last, begins = int(frame.generation.max()) + 1, any(0 in line.get_xdata() for line in panels[0].lines[:1])
+    last = max(int(frame.generation.max()) + 1, *map(int, _steering(history)), 1)
+    begins = any(0 in line.get_xdata() for line in panels[0].lines[:1])
     panels[0].set_xlim(-0.4 if begins else 0.4, max(last, 3) + 0.6)
     panels[-1].set_xlabel("generation (0: the start)" if begins else "generation")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -368,7 +394,7 @@ def _frame_cell(axes, row: int, column: int, more: bool) -> None:
         linewidths=1.2, zorder=4)
 
 
-def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, title: str):
+def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, title: str, theme: Theme):
     "Two rows of cells, framed where they differ from the shares `before`; returns the image and the shares."
     share, kept = _kept_table(genome, space)
     image = axes.imshow(100 * share, cmap="viridis", vmin=0, vmax=100, aspect="auto")
@@ -382,6 +408,11 @@ def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, 
                   color=level_color(share[row, column])[1])
         if before is not None and share[row, column] != before[row, column]:
             _frame_cell(axes, row, column, share[row, column] > before[row, column])
+    units = list(zip(space.units, genome.levels))
+    words = [f"{unit.name}: keeps {space.kept(i, level)} of {unit.n_structures}, level {level}"
+             for i, (unit, level) in enumerate(units)]
+    rows = [int(unit.kind == "mlp") for unit, _ in units]
+    add_hints(axes, [unit.layer for unit, _ in units], rows, words, theme, 500)
     axes.set(yticks=[0, 1], yticklabels=["attention\n(heads)", "MLP\n(channels)"], title=title)
     axes.set_xticks(range(share.shape[1]), range(share.shape[1]), fontsize=8)
     return image, share
@@ -404,11 +435,11 @@ def genome_figure(
     "Heat map of a genome, coloured by the share kept; beside its parent, what changed is framed."
     n_layers, title = max(unit.layer for unit in space.units) + 1, plain(title)
     size = (max(6, 1.6 + 0.36 * n_layers), 2.3 if parent is None else 3.6)
-    figure, before = Figure(figsize=size, layout="constrained"), None
+    figure, before, colors = Figure(figsize=size, layout="constrained"), None, find_theme(theme)
     *above, axes = figure.subplots(1 + (parent is not None), 1, squeeze=False, sharex=True)[:, 0]
     for upper in above:
-        _, before = _draw_genome(upper, parent, space, None, plain(parent_title))
-    image, share = _draw_genome(axes, genome, space, before, title)
+        _, before = _draw_genome(upper, parent, space, None, plain(parent_title), colors)
+    image, share = _draw_genome(axes, genome, space, before, title, colors)
     axes.set_xlabel("layer")
     if above:
         axes.set_title(f"{title}: {_changes(share, before)}")
@@ -558,6 +589,7 @@ def stages_figure(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     _draw_funnel(axes, frame, names, stages, n_stages, colors)
+    add_hints(axes, frame.stage, frame["rank"], _evaluation_words(history, frame), colors)
     axes.set_title(f"Who survived: generation {generation + 1}", pad=30)
     axes.set(ylabel="rank (1 is best)", xlim=(-0.5, n_stages - 0.6), ylim=(n_ranks + 0.7, 0.3))
     axes.set_xticks(
@@ -698,6 +730,9 @@ def sensitivity_figure(
     for axes, (kind, title) in zip(figure.subplots(2, sharex=True), (("attn", "attention"), ("mlp", "MLP"))):
         for step, label, color, hatch in looks:
             rows = table[(table.kind == kind) & (table.step == step)]
+            words = [f"{row.unit}, {label}: {row.nats:+.4f} ± {row.error:.4f} nats"
+                     for row in rows.itertuples()]
+            add_hints(axes, rows.layer + 0.2 * step, rows.nats, words, find_theme(theme), 80)
             axes.bar(rows.layer + 0.2 * step, rows.nats, 0.4, yerr=rows.error, color=color, hatch=hatch,
                      edgecolor="white", linewidth=0.5, label=label, error_kw={"linewidth": 0.8})
         axes.axhline(0, color=find_theme(theme).ink, linewidth=0.6)
@@ -705,6 +740,52 @@ def sensitivity_figure(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     figure.legend(*axes.get_legend_handles_labels(), ncols=2, loc="outside upper center")
+    return paint(figure, theme)
+
+# %% ../../nbs/paper/01_figures.ipynb #ef5dedb6
+_NEAR = 2  # levels from the genome's: the colours tell these apart
+
+
+def _level_table(losses, genome: Genome, space: Space, kind: str) -> tuple[np.ndarray, float, list[tuple]]:
+    "Losses by (level, layer); the largest near the genome; and (layer, level, words) of every cell."
+    units = [(i, unit) for i, unit in enumerate(space.units) if unit.kind == kind]
+    table = np.full((max(len(losses[i]) for i, _ in units), max(unit.layer for _, unit in units) + 1), np.nan)
+    near, cells = 0.0, []
+    for i, unit in units:
+        for level, loss in enumerate(losses[i]):
+            table[level, unit.layer] = loss
+            near = max(near, abs(loss) if abs(level - genome.levels[i]) <= _NEAR else 0.0)
+            words = f"{unit.name} at level {level} keeps {space.kept(i, level)}: {loss:+.4f} nats"
+            cells.append((unit.layer, level, words + (", as now" if level == genome.levels[i] else "")))
+    return table, near, cells
+
+
+def level_map_figure(
+    losses: Sequence[Sequence[float]],  # per unit and level: expected change of the loss, in nats
+    genome: Genome,  # from which it changes; its levels are framed
+    space: Space,  # its units and levels
+    theme: str = "light",  # a name in THEMES
+) -> Figure:
+    "What every level of every unit is expected to cost, by layer."
+    kinds = [kind for kind in ("attn", "mlp") if any(unit.kind == kind for unit in space.units)]
+    figure, colors = Figure(figsize=(6.9, 0.9 + 2.2 * len(kinds)), layout="constrained"), find_theme(theme)
+    found = {kind: _level_table(losses, genome, space, kind) for kind in kinds}
+    most = max(near for _, near, _ in found.values()) or 1.0
+    for axes, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0], kinds):
+        table, _, cells = found[kind]
+        looks = {"cmap": "PuOr_r", "vmin": -most, "vmax": most}
+        image = axes.imshow(table, aspect="auto", interpolation="nearest", **looks)
+        for unit, level in zip(space.units, genome.levels):
+            if unit.kind == kind:
+                corner = unit.layer - 0.48, level - 0.48
+                axes.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor=VERMILLION, linewidth=1.8))
+        add_hints(axes, *zip(*cells), colors, 120)
+        name = "attention" if kind == "attn" else "MLP"
+        axes.set(ylabel=f"level of {name}\n(0: all is kept)", xlabel="layer" if kind == kinds[-1] else "")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].set_title("Expected change of loss for each level (framed: now)")
+    figure.colorbar(image, ax=figure.axes, extend="both", pad=0.01, label="nats per token")
     return paint(figure, theme)
 
 # %% ../../nbs/paper/01_figures.ipynb #ba5909ee

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF', 'html', 'quiet', 'update', 'card', 'to_come', 'RunCard', 'enable_buttons', 'show_progress', 'show_preparation',
-           'MomentCard', 'CandidateCard', 'page']
+           'MomentCard', 'CandidateCard', 'deck', 'page']
 
 # %% ../../nbs/ui/04_cards.ipynb #eddb8cac
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from html import escape
 import ipywidgets as widgets
 
 from ..history import History
-from .controls import button, hinted, row
+from .controls import Say, button, column, hinted, row
 from .panel import STYLE, generation_progress, run_stats, stats_html
 
 # %% ../../nbs/ui/04_cards.ipynb #119e9d4d
@@ -35,16 +35,17 @@ def update(widget: widgets.Widget, **values) -> None:
 
 # %% ../../nbs/ui/04_cards.ipynb #931f6076
 def card(
-    title: str,  # its heading
+    title: str,  # its heading; none if empty
     *children: widgets.Widget,  # below each other
     flex: str = "1 1 100%",  # share of a line: a card that does not fit moves to the next
     hint: str = "",  # said beside the title
 ) -> widgets.Box:
     "A framed part of the panel."
     heading = html(f"<h3>{escape(title)}{f'<small>{escape(hint)}</small>' if hint else ''}</h3>")
+    shown = [heading, *children] if title else children
     layout = widgets.Layout(flex=flex, flex_flow="column", min_width="min(330px, 100%)", padding="12px 16px",
                             grid_gap="8px", overflow="hidden")
-    box = widgets.Box([heading, *children], layout=layout)
+    box = widgets.Box(shown, layout=layout)
     box.add_class("evo-card")
     return box
 
@@ -74,9 +75,9 @@ class RunCard:
         start: Callable[[], None],  # begins, or goes on
         step: Callable[[str], None],  # does one "evaluation" or "generation"
     ):
-        self.send = send
-        self.say, self.stats, self.failure = html(), html(), html()
-        self.say.add_class("evo-say")
+        self.send, self.tell, self.note_say = send, Say("run"), Say("note")
+        self.say, self.waiting, self.stats, self.failure = self.tell.widget, html(), html(), html()
+        self.quality = html()
         self.start = button("Start", "Start the search, or go on where it stands", start, "play", "primary")
         self.pause = self._command("pause", "Wait after the evaluation under way")
         self.stop = self._command("stop", "End the work after the evaluation under way; Start goes on")
@@ -84,15 +85,24 @@ class RunCard:
             "Step: evaluation", "Do one evaluation, then pause", lambda: step("evaluation"), "step-forward")
         self.step_generation = button("Step: generation", "Finish one generation, then pause",
                                       lambda: step("generation"), "fast-forward")
+        self.buttons = row(self.start, self.pause, self.step, self.step_generation, self.stop)
         self.bar_run, self.bar_generation = _bar(), _bar()
-        self.text_run, self.text_generation = html(width="205px"), html(width="205px")
+        self.text_run, self.text_generation = html(width="auto"), html(width="auto")
         self.note = _text_field(
             "", "a note, kept with the run", "Free text, kept in the run's log and marked on the time axis")
         self.add_note = button("Add note", "Keep this text in the run's log", self._add_note, "pencil")
-        buttons = row(self.start, self.pause, self.step, self.step_generation, self.stop)
-        bars = row(self.text_run, self.bar_run), row(self.text_generation, self.bar_generation)
-        notes = row(self.note, self.add_note)
-        self.widget = card("Run", self.say, self.failure, buttons, self.stats, *bars, notes)
+
+    @property
+    def progress(self) -> widgets.Box:
+        "How far the run and its generation are."
+        pair = lambda *parts: widgets.HBox(parts, layout=widgets.Layout(
+            flex="1 1 300px", grid_gap="8px", align_items="center", overflow="visible"))
+        return row(pair(self.text_run, self.bar_run), pair(self.text_generation, self.bar_generation))
+
+    @property
+    def notes(self) -> widgets.Box:
+        "Where notes are written."
+        return column(row(self.note, self.add_note), self.note_say.widget, width="100%")
 
     def _command(self, name: str, tooltip: str) -> widgets.Button:
         return button(name.capitalize(), tooltip, lambda: self.send({"command": name}), name)
@@ -102,14 +112,10 @@ class RunCard:
             self.send({"command": "note", "text": self.note.value.strip()})
             self.note.value = ""
 
-    def tell(self, words: str) -> None:
-        "Say something, as HTML; screen readers read it out."
-        self.say.value = f'<span role="status" aria-live="polite">{words}</span>'
-
 # %% ../../nbs/ui/04_cards.ipynb #4a9b50cd
-def enable_buttons(run: RunCard, status: str, driving: bool, able: bool, commanded: bool) -> None:
-    "Enable what makes sense: does this kernel drive, could it (`able`), does somebody take commands?"
-    paused, over = status == "paused", status == "finished"
+def enable_buttons(run: RunCard, status: str, driving: bool, able: bool, waiting: bool) -> None:
+    "Enable what makes sense: does this kernel drive, could it (`able`), do commands wait?"
+    paused, over = status == "paused", status == "finished" and not waiting
     update(run.start, disabled=not able or over or (driving and not paused),
            description="Resume" if paused else "Start")
     update(run.pause, disabled=not (driving and status == "running"))
@@ -117,25 +123,25 @@ def enable_buttons(run: RunCard, status: str, driving: bool, able: bool, command
     for step in (run.step, run.step_generation):
         update(step, disabled=not able or over)
     for part in (run.note, run.add_note):
-        update(part, disabled=not (able and commanded))
+        update(part, disabled=not able or status == "empty")
 
 # %% ../../nbs/ui/04_cards.ipynb #9662efcd
-def show_progress(run: RunCard, history: History, memory: int | None) -> None:
-    "The run's numbers, how far run and generation are, and the driver's memory in bytes, where known."
+def show_progress(run: RunCard, history: History, load: dict[str, str]) -> None:
+    "The run's numbers, how far run and generation are, and what the machine says of itself."
     done, total, _ = history.progress
     here, whole = generation_progress(history)
-    update(run.stats, value=stats_html(run_stats(history, memory)))
+    update(run.stats, value=stats_html(run_stats(history, load)))
     update(run.bar_run, max=float(max(total, 1)), value=float(done))
     update(run.bar_generation, max=float(whole), value=float(here))
     update(run.text_run, value=quiet(f"run: {done / max(total, 1):.0%} of the plan"))
     update(run.text_generation, value=quiet(f"generation: {here} of {whole} evaluations"))
 
 # %% ../../nbs/ui/04_cards.ipynb #892486d7
-def show_preparation(run: RunCard, built: int, units: int) -> None:
-    "How far the level database is (of 0 units before its build begins), while there is no run."
+def show_preparation(run: RunCard, built: int, units: int, timed: int) -> None:
+    "How far the level database is (of 0 units before its build begins), and how many shapes are timed."
     update(run.bar_run, max=float(max(units, 1)), value=float(built))
     update(run.text_run, value=quiet("level database" + (f": {built} of {units} units" if units else "")))
-    update(run.text_generation, value=quiet("generation"))
+    update(run.text_generation, value=quiet(f"timing: {timed} shapes so far" if timed else "generation"))
 
 # %% ../../nbs/ui/04_cards.ipynb #a7a23b99
 class MomentCard:
@@ -151,16 +157,17 @@ class MomentCard:
         layout = widgets.Layout(flex="1 1 240px", width="auto")
         self.slider = widgets.IntSlider(
             1, min=1, max=1, tooltip=tooltip, layout=layout, continuous_update=False, readout=False)
-        self.when = html(width="190px")
+        self.when, self.say = html(width="190px"), Say("moment")
         layout = widgets.Layout(width="auto", flex="0 0 auto")
         self.live = widgets.ToggleButton(
             True, description="Live", icon="eye", tooltip="Follow the run as it goes on", layout=layout)
+        self.keeps = html()
         tooltip = "Search on from the parent of that generation, on a new branch; nothing is lost"
         self.back = button("Branch from here", tooltip, lambda: branch(self.slider.value), "code-fork")
         self.slider.observe(lambda _: self._moved(), "value")
         self.live.observe(lambda _: changed(), "value")
         line = row(hinted(self.slider), self.when, self.live, self.back)
-        self.widget = card("Moment", line, hint="all pictures show the run as it was after this generation")
+        self.widget = card("", line, self.keeps, self.say.widget)
 
     def _moved(self) -> None:
         "Stop following when someone, not the run itself, moved the slider."
@@ -168,8 +175,8 @@ class MomentCard:
             self.live.value = False
             self._changed()
 
-    def follow(self, n: int, can_branch: bool) -> None:
-        "Let the slider have a place for each of `n` complete generations."
+    def follow(self, n: int, can_branch: bool, inherits: str) -> None:
+        "Let the slider have a place for each of `n` complete generations; what a branch inherits, in words."
         self._following = True
         update(self.slider, disabled=n == 0, max=max(n, 1))
         if self.live.value:
@@ -178,6 +185,7 @@ class MomentCard:
         where = f"after generation {self.slider.value} of {n}" if n else "no generation is complete yet"
         update(self.when, value=quiet(("now, " if self.live.value and n else "") + where))
         update(self.back, disabled=not can_branch or self.live.value or n == 0)
+        update(self.keeps, value="" if self.back.disabled else quiet(inherits))
 
 # %% ../../nbs/ui/04_cards.ipynb #62085639
 class CandidateCard:
@@ -188,21 +196,28 @@ class CandidateCard:
         copy: Callable[[], None],  # begins a draft from the candidate
         ask: Callable[[], None],  # lets it continue the prompt
         changed: Callable[[], None],  # called when another candidate is chosen
+        measure: Callable[[], None],  # measures its quality
+        time_units: Callable[[], None],  # measures the latency of all units
     ):
         tooltip = "Which candidate is shown beside its parent, priced and asked to continue the prompt"
         self.choice = widgets.Dropdown(
             options=[("–", "")], description="candidate", style={"description_width": "auto"},
             tooltip=tooltip, layout=widgets.Layout(width="330px", margin="0"))
+        self.quality, self.say, self.of = html(), Say("candidate"), ""
         self.choice.observe(lambda _: changed(), "value")
         self.edit = button("Copy to draft", "Begin a draft from this candidate", copy, "copy")
         self.prompt = _text_field("The city is located in", "a prompt", "Text for both models to go on from")
         tooltip = "Let the candidate and the dense model continue the prompt; the search goes on meanwhile"
         self.ask = button("Continue", tooltip, ask, "comment")
         self.answer = html()
+        tooltip = "Perplexity of this candidate, untuned, on held-out text"
+        self.measure = button("Measure quality", tooltip, measure, "dashboard")
+        tooltip = "Measure on this machine how long every unit takes, to price candidates; minutes"
+        self.time_units = button("Time the units", tooltip, time_units, "clock-o")
 
     def offer(self, options: Iterable[tuple[str, str]]) -> None:
         "Take over the candidates there are: label, genome code. The choice stays where it can."
-        choices = [("best so far", ""), *options]
+        choices = [("the winner so far", ""), *options]
         if [tuple(choice) for choice in self.choice.options] != choices:
             chosen = self.choice.value if self.choice.value in dict(map(reversed, choices)) else ""
             self.choice.options = choices
@@ -212,14 +227,22 @@ class CandidateCard:
 HALF = "1 1 max(480px, 34%)"  # two cards in a line, or one
 
 # %% ../../nbs/ui/04_cards.ipynb #63bab49d
-def page(head: widgets.Widget, cards: Iterable[widgets.Widget]) -> widgets.VBox:
-    "The whole panel."
+def deck(*cards: widgets.Widget) -> widgets.Box:
+    "Cards of one tab: two in a line where there is room."
     layout = widgets.Layout(
         flex_flow="row wrap", grid_gap="12px", width="100%", align_items="stretch", overflow="visible")
-    grid = widgets.Box(list(cards), layout=layout)
+    return widgets.Box(cards, layout=layout)
+
+
+def page(bar: Iterable[widgets.Widget], top: Iterable[widgets.Widget],
+         tabs: dict[str, widgets.Widget]) -> widgets.VBox:
+    "The whole panel: a bar that stays in sight, what is always shown, and tabs by name."
     style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
+    sticky = column(*bar, width="100%")
+    sticky.add_class("evo-bar")
+    folders = widgets.Tab(list(tabs.values()), titles=list(tabs), layout=widgets.Layout(overflow="visible"))
     layout = widgets.Layout(width="100%", grid_gap="10px", padding="4px", overflow="visible")
-    made = widgets.VBox([style, head, grid], layout=layout)
+    made = widgets.VBox([style, sticky, *top, folders], layout=layout)
     made.add_class("evo")
     made._view_count = 0  # asks the page to keep count of where it is shown
     return made
