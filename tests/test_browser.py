@@ -239,6 +239,7 @@ def test_a_wrong_setting_is_refused_at_once(page):
     say(page, "refused", "settings")
     box, button = page.locator(".evo-refused").last, page.locator(".evo button", has_text=re.compile(r"^\s*Apply")).last
     expect(box).to_be_visible()
+    assert "rgb(213, 94, 0)" in box.locator("input").evaluate("field => getComputedStyle(field).boxShadow")
     below = page.locator(".evo-say-settings").last.bounding_box()["y"] - button.bounding_box()["y"]
     assert 0 < below < 80, "the refusal stands beside Apply"
     shoot(page, "refused")
@@ -319,6 +320,7 @@ def test_restart_and_attach(page, place):
     slider.focus()
     slider.press("Home")
     expect(page.locator(".evo-figure[aria-label*='of generation 1,']").last).to_be_visible()
+    tab(page, "Candidates")
     expect(page.locator(".evo-figure[aria-label$='generations 0 to 1']").last).to_be_visible()
     shoot(page, "moment")
 

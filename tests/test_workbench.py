@@ -429,7 +429,7 @@ def test_the_run_is_that_of_a_search_without_a_panel(bench, small, tmp_path):
 
 
 @pytest.mark.parametrize("name, typed, why", [
-    ("offspring", "-1", "at least 1"), ("offspring", "3.7", "whole number"), ("offspring", "1e12", "10,000"), ("offspring", "", "whole number"),
+    ("offspring", "-1", "from 1 to 10,000"), ("offspring", "3.7", "whole number"), ("offspring", "1e12", "10,000"), ("offspring", "", "whole number"),
     ("offspring", "1,5", "whole number"), ("generations", "0", "at least"), ("lr", "-1", "above 0"), ("lr", "nan", "a number")])
 def test_a_number_is_refused_as_it_was_typed(bench, name, typed, why):
     "Nothing is rounded, clamped or cut: what cannot be is refused beside the fields, in words, and its field is marked."

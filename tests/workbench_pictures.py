@@ -2,14 +2,13 @@
 
 Not among the tests, for it takes minutes: a search on the Wikipedia sample that is steered as a user would."""
 import io
-import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
-from test_browser import ROOT, badge, page, paused, press, run_cell, say, server, theme  # noqa: F401  fixtures among them
+from test_browser import ROOT, badge, page, paused, press, put, run_cell, say, server, tab, theme  # noqa: F401  fixtures among them
 
 from evoprune_nb.history import History
 
@@ -28,28 +27,20 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def box(page: Page, first: str, last: str) -> dict:
-    "The area of the cards from one to another, with the panel's head if the first is the first."
-    card = lambda title: page.locator(".evo-card", has=page.locator("h3", has_text=re.compile(f"^{title}"))).last.bounding_box()
-    panel, top, bottom = page.locator(".evo").last.bounding_box(), card(first), card(last)
-    y = panel["y"] if first == "Run" else top["y"] - 6
-    return {"x": panel["x"] - 4, "y": y, "width": panel["width"] + 8, "height": bottom["y"] + bottom["height"] + 8 - y}
+def box(page: Page) -> dict:
+    "The area of the panel."
+    panel = page.locator(".evo").last.bounding_box()
+    return {"x": panel["x"] - 4, "y": panel["y"] - 4, "width": panel["width"] + 8, "height": panel["height"] + 8}
 
 
-def shoot(page: Page, name: str, first: str, last: str) -> None:
-    "The cards from one to another."
-    page.screenshot(path=PICTURES / f"{name}.png", clip=box(page, first, last))
+def shoot(page: Page, name: str) -> None:
+    "The panel, with the tab that is open."
+    page.screenshot(path=PICTURES / f"{name}.png", clip=box(page))
     Image.open(PICTURES / f"{name}.png").convert("RGB").save(PICTURES / f"{name}.png", optimize=True)
 
 
-def put(page: Page, label: str, value: str) -> None:
-    "Type into a field of the panel."
-    field = page.get_by_label(label, exact=True).last
-    field.fill(value)
-    field.press("Enter")
-
-
 def note(page: Page, text: str) -> None:
+    tab(page, "Record")
     field = page.get_by_placeholder("a note, kept with the run").last
     field.fill(text)
     field.press("Tab")
@@ -91,36 +82,44 @@ def film(screenshots: list[bytes]) -> None:
 
 def test_pictures(page, place):
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.set_viewport_size({"width": 1340, "height": 3600})
+    page.set_viewport_size({"width": 1340, "height": 1900})
     run_cell(page, 0, 1)
     run_cell(page, 1, 2)
     say(page, "press Start")
     generations(page, place, 2)
+    tab(page, "Settings")
     put(page, "offspring (λ)", "12")
     press(page, "Apply 1 change")
+    tab(page, "Edit")
     change(page, 8, "Freeze", 1)
-    frames, area = [], box(page, "Run", "Genome")
+    tab(page, "Progress")
+    frames, area = [], box(page)
     press(page, "Resume")
     until(page, place, lambda history: len(history.line) >= 5, lambda: frames.append(page.screenshot(clip=area, scale="css")))
     film(frames)
     press(page, "Pause")
     badge(page, "paused")
     note(page, "MLP 3 looks expendable")
+    tab(page, "Edit")
     change(page, 11, "Keep less", 2)
     change(page, 15, "Keep more", 1)
     press(page, "Fit to budget")
     press(page, "Inject")
+    tab(page, "Progress")
     press(page, "Resume")
-    until(page, place, lambda history: len(history.line) >= 8)
-    press(page, "Continue")
-    expect(page.locator(".evo-pair").last).to_be_visible()
-    until(page, place, lambda history: len(history.line) >= 9 and history.state["stage"] == 2)
+    until(page, place, lambda history: len(history.line) >= 6 and history.state["stage"] == 2)
     page.wait_for_timeout(2500)  # for the picture of the stages
-    shoot(page, "running", "Run", "Candidate")
+    shoot(page, "running")
     press(page, "Pause")
     badge(page, "paused")
     theme(page, "Dark")
+    tab(page, "Candidates")
+    press(page, "Continue")
+    expect(page.locator(".evo-pair").last).to_be_visible()
+    page.wait_for_timeout(5000)
+    shoot(page, "candidate-dark")
+    tab(page, "Edit")
     change(page, 2, "Keep less", 1)
     change(page, 13, "Keep more", 1)
-    page.wait_for_timeout(5000)
-    shoot(page, "steering-dark", "Edit", "Log of commands")
+    page.wait_for_timeout(2000)
+    shoot(page, "steering-dark")

@@ -161,7 +161,7 @@ def _mark_steering(axes, marks: dict[float, str], theme: Theme, words: bool = Tr
     for x, label in marks.items():
         axes.axvline(x, color=theme.muted, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
         if words and len(marks) <= 12:
-            text = plain(label if len(label) < 34 else label[:32] + "…")
+            text = plain(label if len(label) < 24 else label[:22] + "…")
             axes.annotate(
                 text, (x, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0),
                 textcoords="offset points", rotation=90, va="top", ha="right", color=theme.ink, fontsize=7.5,

@@ -87,7 +87,7 @@ class RunCard:
                                       lambda: step("generation"), "fast-forward")
         self.buttons = row(self.start, self.pause, self.step, self.step_generation, self.stop)
         self.bar_run, self.bar_generation = _bar(), _bar()
-        self.text_run, self.text_generation = html(width="auto"), html(width="auto")
+        self.text_run, self.text_generation = (html(width="auto", flex="0 0 auto") for _ in range(2))
         self.note = _text_field(
             "", "a note, kept with the run", "Free text, kept in the run's log and marked on the time axis")
         self.add_note = button("Add note", "Keep this text in the run's log", self._add_note, "pencil")

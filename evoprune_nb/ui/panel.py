@@ -58,7 +58,7 @@ _CARDS = """\
 
 # %% ../../nbs/ui/01_panel.ipynb #d729701c
 _TABLES = """\
-.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(88px, 1fr)); gap: 6px 12px;}
+.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(74px, 1fr)); gap: 6px 10px;}
 .evo-stats div { min-width: 0;}
 .evo-stats b { display: block; font-size: 15px; font-weight: 600; font-variant-numeric: tabular-nums;}
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
@@ -125,7 +125,8 @@ _FIELDS = """\
   width: auto; height: 20px; line-height: 20px; margin: 0; text-align: left; font-size: 12px; color:
   var(--jp-ui-font-color2, #555); }
 .evo .evo-field > input, .evo .evo-field > select { flex: 0 0 28px; width: 100%;}
-.evo .evo-refused > input, .evo .evo-refused > select { outline: 2px solid #D55E00; outline-offset: 0;}
+.evo .evo-refused > input, .evo .evo-refused > select {
+  border-color: #D55E00; box-shadow: 0 0 0 2px #D55E00; }
 .evo .evo-bare > .widget-label {
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .evo .widget-label { color: var(--jp-ui-font-color1, #222);}
@@ -240,7 +241,8 @@ def quality_html(
     uniform, third = (known.get(code) for code in list(codes.values())[1:])
     if uniform and third:
         change = 100 * (math.exp(third[0] - uniform[0]) - 1)
-        good = "evo-good" if change < 0 else "evo-bad" if change > 0 else ""
+        beyond = abs(third[0] - uniform[0]) > math.hypot(third[1] or 0, uniform[1] or 0)
+        good = "" if not beyond else "evo-good" if change < 0 else "evo-bad"
         parts.append(part("against uniform", f'<b class="{good}">{change:+.1f} %</b>'))
     words = f'<div class="evo-quiet">Held-out perplexity before post-training, {escape(about)}</div>'
     return f'<div class="evo-quality">{"".join(parts)}</div>{words}'
@@ -308,7 +310,7 @@ def run_stats(history: History, load: dict[str, str] | None = None) -> dict[str,
         "tokens used": short(used),
         "time used": duration(seconds),
         "time left": "–" if history.finished or left is None else f"≈ {duration(left)}",
-        "tokens per second": short(used / seconds) if seconds else "–",
+        "tokens/second": short(used / seconds) if seconds else "–",
     } | (load or {})
 
 # %% ../../nbs/ui/01_panel.ipynb #061dae71

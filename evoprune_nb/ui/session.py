@@ -167,6 +167,7 @@ class Machine:
 
     def __init__(self, every: float = 2.0):
         self._every, self._due, self._kept = every, 0.0, {}
+        psutil.cpu_percent()  # it says the load since it was asked last
 
     def load(self, state: dict) -> dict[str, str]:
         "Name → value, for the run's numbers; empty when nobody here drives the run."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['acknowledgement', 'Mailbox', 'Steering', 'when_ready', 'send_alone', 'drive', 'send_or_drive', 'start', 'step',
-           'branch', 'branch_inherits', 'copy_to_draft', 'fit_draft', 'ask', 'measure', 'time_units', 'read_history',
-           'show_head', 'show_failure', 'show_nothing', 'show_quality', 'show_candidate', 'show_run', 'fitness_switch',
-           'make_tabs', 'make_page', 'Watch', 'Workbench', 'open_run', 'attach']
+           'branch', 'branch_inherits', 'copy_to_draft', 'fit_draft', 'ask', 'measure_quality', 'measure', 'time_units',
+           'read_history', 'show_head', 'show_failure', 'show_nothing', 'show_quality', 'show_candidate', 'show_run',
+           'fitness_switch', 'make_tabs', 'make_page', 'Watch', 'Workbench', 'open_run', 'attach']
 
 # %% ../../nbs/ui/06_workbench.ipynb #29926d2e
 import threading
@@ -229,13 +229,18 @@ def ask(bench: "Workbench") -> None:
     bench.driver.background.submit(write, failed)
 
 # %% ../../nbs/ui/06_workbench.ipynb #0529562b
+def measure_quality(bench: "Workbench", codes: Collection[str]) -> None:
+    "Measure the quality of genomes now, and show it."
+    bench.driver.quality.measure(bench.worker.search, codes)
+    bench.urge()
+
+
 def measure(bench: "Workbench", codes: Collection[str], say: Say) -> None:
     "Measure the quality of genomes, in the background."
     def work() -> None:
         bench.driver.prepare()
-        bench.driver.quality.measure(bench.worker.search, codes)
+        measure_quality(bench, codes)
         say("")
-        bench.urge()
 
     say("measuring …")
     bench.driver.background.submit(work, lambda error: say(error_html(error, "Not measured:")))
@@ -321,7 +326,8 @@ def show_quality(bench: "Workbench", code: str) -> dict[str, tuple]:
     codes = ends | {"now": history.winner.code}
     if bench.worker is not None and heldout_tokens(bench.worker.search.inputs):
         if new := quality.ask(codes.values(), history):
-            driver.submit(lambda: quality.measure(bench.worker.search, new))
+            failed = lambda error: bench.run.tell(error_html(error, "Quality was not measured:"))
+            driver.background.submit(partial(measure_quality, bench, new), failed)
     known, tokens = quality.known(history), quality.tokens or history.config.heldout_tokens
     about = f"on {tokens:,} tokens" if tokens else "measured once the model is loaded"
     update(bench.run.quality, value=quality_html(known, codes, about))
