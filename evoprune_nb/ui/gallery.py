@@ -87,9 +87,10 @@ class Moments:
 Part = tuple[object, Callable[[], str]]  # what it depends on, and what makes its HTML
 
 
-def text_parts(moment: Moment, code: str, space: Space) -> dict[str, Part]:
-    "The texts, which are made at once; `space` knows the costs of candidates."
+def text_parts(moment: Moment, code: str, space: Space | None = None) -> dict[str, Part]:
+    "The texts, which are made at once; `space` knows the costs of candidates, if not the run's does."
     view = moment.history
+    space = space or view.space
     return {
         "winners": (moment.key, lambda: lineage_html(view)),
         "costs": ((code, tuple(space.costs)), lambda: candidate_html(Genome.parse(code), space)),
@@ -99,10 +100,11 @@ def text_parts(moment: Moment, code: str, space: Space) -> dict[str, Part]:
 
 # %% ../../nbs/ui/05_gallery.ipynb #0ea9dd6f
 def picture_parts(
-    moment: Moment, code: str, fitness_view: str, references: dict[str, float]
+    moment: Moment, code: str, fitness_view: str, references: dict[str, float] | None = None
 ) -> dict[str, Part]:
     "The pictures; `fitness_view` and `references` are as for `fitness_figure`."
     view, branch, generation = moment.history, moment.branch, moment.generation
+    references = references or {}
     tokens_key = branch, generation, view.finished, view.rules
     before, name = moment.before(code)
     return {
