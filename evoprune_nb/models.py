@@ -111,8 +111,8 @@ def load_model(
     if attn_implementation is None:
         use_attention_in_blocks(model)
     if model.dtype == torch.bfloat16 and not multiplies_bfloat16(device):
-        warnings.warn(f"{name} in bfloat16: this processor multiplies it several times more slowly than float32; "
-                      "dtype='fastest' takes what suits it", stacklevel=2)
+        warnings.warn(f"{name} in bfloat16: this processor multiplies it several times more slowly than "
+                      "float32; dtype='fastest' takes what suits it", stacklevel=2)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/00_models.ipynb #9be3a532

@@ -871,14 +871,13 @@ class Search(SearchView):
         evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # made from (rules, seed)
         source: Source | None = None,  # how model, text and database were made, for export and `to_notebook`
     ):
-        if "latency" in config.target.limits:
-            database = with_stored_latency(model, database)
+        database = with_stored_latency(model, database) if "latency" in config.target.limits else database
         self.run_dir, self.model, self.database, self.pools = Path(run_dir), model, database, pools
         self.inputs = SearchInputs(model, database, pools, config)
         check_inputs(self.inputs)
         weights = SharedWeights(self.inputs, self.run_dir / "elastic.safetensors")
-        origin, make = self.inputs.origin, evaluator or candidate_evaluator(self.inputs, weights)
-        evaluations = Evaluations(make, self.inputs)
+        origin = self.inputs.origin
+        evaluations = Evaluations(evaluator or candidate_evaluator(self.inputs, weights), self.inputs)
         evaluations.prepare(origin.rules, 0)
         propose(self.inputs, origin)  # raises if the mutation cannot keep the budget
         open_run(self.run_dir, self.inputs, source)

@@ -16,10 +16,10 @@ from .database import LevelDatabase, build_database
 from .machine.device import dtype_name
 from .models import load_model
 
-# %% ../nbs/20_source.ipynb #3dbd6675
+# %% ../nbs/20_source.ipynb #0fef677e
 _NEEDED = {"model_name": "", "text": "", "seq_len": 0, "calibration_tokens": 0}  # what a record must say
 
-
+# %% ../nbs/20_source.ipynb #3dbd6675
 @dataclass(frozen=True)
 class Source:
     "What the model, the text and the level database of a run are made of."

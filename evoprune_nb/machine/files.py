@@ -42,7 +42,10 @@ def _remove_abandoned(path: Path) -> None:
         writer, _, host = scratch.name[len(path.name) + 2 :].rpartition(".")[0].partition("@")
         pid = writer.partition("-")[0]
         if pid.isdigit() and process_is_gone({"pid": int(pid), "host": host}):
-            shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+            else:
+                scratch.unlink(missing_ok=True)
 
 # %% ../../nbs/machine/00_files.ipynb #c65a88b9
 @contextmanager

@@ -176,5 +176,6 @@ def size_sentence(
     gone, whole = dense_params - n_params, f"{dense_params / 1e6:,.2f}M"
     return (
         f"{percent(sparsity)} of heads and channels were to go. That is {percent(gone / unit_params)} of the "
-        f"{unit_params / 1e6:,.2f}M parameters in attention blocks and MLPs, and {percent(gone / dense_params)} "
-        f"of all {whole}: embeddings and norms stay, so {percent(n_params / dense_params)} are left.")
+        f"{unit_params / 1e6:,.2f}M parameters in attention blocks and MLPs, and "
+        f"{percent(gone / dense_params)} of all {whole}: embeddings and norms stay, so "
+        f"{percent(n_params / dense_params)} are left.")
