@@ -13,7 +13,7 @@ from .elastic import ElasticTraining
 from .genome import Space
 from .machine.checks import check_choice, check_number, check_whole, shown
 from .mutation import OPERATORS
-from .selection import FITNESS, Stage, check_stages, check_warm_start
+from .selection import Stage, check_fitness_name, check_stages, check_warm_start
 from .target import Target
 from .training import Training
 
@@ -60,7 +60,7 @@ class SearchConfig:
     offspring: int = 8  # λ, candidates per generation
     stages: tuple[Stage, ...] = DEFAULT_STAGES  # survivors and tokens of each stage
     warm_start: bool = False  # survivors keep their tuned weights; False: as published, from the database
-    fitness: str = "kl"  # "kl" or "perplexity"
+    fitness: str = "kl"  # of FITNESS: "kl" or "perplexity"
     operator: str = "level_swap"  # mutation operator
     max_swaps: int = 3  # strength of the mutation
     training: Training = Training()  # how candidates are tuned
@@ -74,7 +74,7 @@ class SearchConfig:
         _check_types(self)
         check_stages(self.stages, self.entering)
         check_warm_start(self.warm_start, self.stages)
-        check_choice("fitness", self.fitness, FITNESS)
+        check_fitness_name(self.fitness, by_block=self.method == "elastic")
         check_choice("operator", self.operator, OPERATORS)
 
     @property

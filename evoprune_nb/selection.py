@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_STAGES', 'FITNESS', 'TRIMMED', 'Stage', 'check_stages', 'check_warm_start', 'scoring_pool', 'check_text',
-           'Evaluation', 'StageEvaluator', 'OneByOne', 'Elimination', 'paired_difference', 'ranked_by_blocks', 'select',
-           'survey']
+           'check_fitness_name', 'Evaluation', 'StageEvaluator', 'OneByOne', 'Elimination', 'paired_difference',
+           'ranked_by_blocks', 'select', 'survey']
 
 # %% ../nbs/14_selection.ipynb #0b633787
 import math
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from .data import TokenPool
 from .genome import Genome
-from .machine.checks import check_whole, shown
+from .machine.checks import check_choice, check_whole, shown
 
 # %% ../nbs/14_selection.ipynb #30560d12
 @dataclass(frozen=True)
@@ -92,9 +92,24 @@ def check_text(
             pools["tuning"].require(stage.tuning_tokens)
 
 # %% ../nbs/14_selection.ipynb #0db0c7f6
-FITNESS = ("kl", "perplexity")
+FITNESS = {  # name → function of (candidate, text of its stage); None: the evaluator's own, shared layers run once
+    "kl": None,
+    "perplexity": None,
+}
 
 
+def check_fitness_name(
+    fitness: str,  # of `FITNESS`
+    by_block: bool = False,  # whether candidates are compared block by block
+) -> None:
+    "Raise `ValueError` for an unknown fitness, or one that has no score for each block."
+    check_choice("fitness", fitness, FITNESS)
+    if by_block and FITNESS[fitness] is not None:
+        raise ValueError(
+            f"fitness {fitness!r} gives one number, but candidates are compared block by block here: "
+            "use kl or perplexity")
+
+# %% ../nbs/14_selection.ipynb #37167fc6
 @dataclass(frozen=True)
 class Evaluation:
     "What one candidate achieved in one stage."

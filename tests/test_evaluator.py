@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 from evoprune_nb import evaluator as evaluator_module, warm_start
 from evoprune_nb.candidates import materialize
+from evoprune_nb.config import SearchConfig
 from evoprune_nb.data import TokenPool, derive_seed, load_pools
 from evoprune_nb.genome import Genome
 from evoprune_nb.models import decoder_layers, load_model, model_fingerprint
 from evoprune_nb.database import build_database
-from evoprune_nb.selection import Evaluation, Stage, select
-from evoprune_nb.evaluator import Evaluator, SharedHead, first_own_layer, most_common, score, start_from_reference
+from evoprune_nb.selection import FITNESS, Evaluation, Stage, select
+from evoprune_nb.evaluator import Evaluator, SharedHead, first_own_layer, most_common, score, score_blocks, start_from_reference
 from evoprune_nb.training import Training, TrainingResult, train
 from test_losses import direct_kl
 
@@ -43,6 +44,36 @@ def test_kl_fitness_of_models(tmp_path, family, dtype):
         expected = direct_kl(model(blocks).logits.float(), materialize(model, database, genome)(blocks).logits.float())
     assert evaluate(genome, 0, 0).fitness == pytest.approx(expected, rel=1e-4)
     assert evaluate(database.space.genome([0] * 6), 0, 0).fitness == 0
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_own_fitness(small, monkeypatch, n_jobs):
+    "A function under a name in `FITNESS` gets the candidate, tuned or not, and the text of its stage; the default's text is scored as ever."
+    model, database = small
+    monkeypatch.setitem(FITNESS, "worst block", lambda candidate, text: max(score_blocks(candidate, text)))
+    genomes = [database.space.genome(levels) for levels in ([3, 3, 3, 5, 5, 5], [2, 4, 3, 5, 5, 5])]
+    own, usual = (Evaluator(model, database, small_pools(), STAGES, fitness=name, n_jobs=n_jobs, by_block=name == "kl") for name in ("worst block", "kl"))
+    for stage in (0, 1):
+        found, expected = (list(evaluator.evaluate_stage(genomes, 0, stage)) for evaluator in (own, usual))
+        assert [e.fitness for e in found] == pytest.approx([max(e.blocks) for e in expected], abs=2e-6)
+    assert max(expected[0].blocks) > expected[0].fitness  # so that the two differ
+
+
+def test_own_fitness_that_is_no_number_disqualifies(small, monkeypatch):
+    model, database = small
+    monkeypatch.setitem(FITNESS, "nothing", lambda candidate, text: math.nan)
+    evaluation = Evaluator(model, database, small_pools(), STAGES, fitness="nothing")(database.space.genome([3, 3, 3, 5, 5, 5]), 0, 0)
+    assert evaluation.fitness == INF and evaluation.disqualified == "non-finite fitness"
+
+
+def test_own_fitness_has_no_blocks(small, monkeypatch):
+    "Where candidates are compared block by block, it is refused by name."
+    model, database = small
+    monkeypatch.setitem(FITNESS, "mine", lambda candidate, text: 0.0)
+    with pytest.raises(ValueError, match="'mine' gives one number.*kl or perplexity"):
+        Evaluator(model, database, small_pools(), STAGES, fitness="mine", by_block=True)
+    with pytest.raises(ValueError, match="'mine' gives one number.*kl or perplexity"):
+        SearchConfig(fitness="mine", method="elastic")
 
 
 def test_candidates_of_a_stage_see_the_same_tokens(small, monkeypatch):

@@ -29,10 +29,10 @@ def one_unit_genomes(
 def one_unit_scores(
     space: Space,  # with units and levels
     evaluations: Sequence[Evaluation],  # of `one_unit_genomes`, in order
-    fitness: str,  # "kl" or "perplexity"
+    fitness: str,  # of `FITNESS`
 ) -> list[list[float]]:
     "Per unit and level: nats per token that the level alone costs; infinite when disqualified."
-    nats = [e.fitness if fitness == "kl" or math.isinf(e.fitness) else math.log(e.fitness)
+    nats = [e.fitness if fitness != "perplexity" or math.isinf(e.fitness) else math.log(e.fitness)
             for e in evaluations]
     dense, rest = nats[0], iter(nats[1:])
     return [[0.0, *(next(rest) - dense for _ in range(space.n_levels(unit) - 1))]

@@ -74,7 +74,7 @@ class Problem:
     seed: int = 0  # of everything
     directory: str | Path | None = None  # for what some baselines write: level databases, runs
     scoring_tokens: int = 2048  # of one evaluation without training
-    fitness: str = "kl"  # "kl" to the dense model, or "perplexity"
+    fitness: str = "kl"  # of `FITNESS`
     n_jobs: int = 1  # candidates evaluated side by side
 
     @property

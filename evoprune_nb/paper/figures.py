@@ -173,7 +173,8 @@ VIEWS = ("relative", "raw", "log")
 
 def _fitness_name(history: History) -> str:
     "Name and unit of fitness."
-    return "KL to the dense model (nats per token)" if history.rules.fitness == "kl" else "perplexity"
+    fitness = history.rules.fitness
+    return "KL to the dense model (nats per token)" if fitness == "kl" else fitness
 
 # %% ../../nbs/paper/01_figures.ipynb #47799101
 References = dict[str, float]  # name of a model → its loss on the search's held-out tokens, in nats
@@ -310,7 +311,7 @@ def _relative_panels(figure: Figure, history: History, references: References, t
     elif first:
         _draw_change(panels[0], history, theme)
     _draw_stages(panels[first:], history, theme)
-    name = "KL in nats per token" if history.rules.fitness == "kl" else "perplexity"
+    name = "KL in nats per token" if history.rules.fitness == "kl" else history.rules.fitness
     figure.supylabel(f"fitness ({name}): lower is better", fontsize=8, color=theme.ink)
     return list(panels)
 

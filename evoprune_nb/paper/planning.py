@@ -228,7 +228,7 @@ def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float]:
     reference = job.n_layers * untuned * state  # hidden states, where a stage has no tuning
     at_work = max(config.n_jobs * candidate, reference + config.n_jobs * scoring)
     waiting = max((stage.survivors for stage in stages[:-1] if stage.tuning_tokens), default=0)
-    is_shared = config.n_jobs > 1 and config.fitness == "kl"
+    is_shared = config.n_jobs > 1 and config.fitness != "perplexity"
     shared = min(most, SHARED_CHUNKS * CHUNK) * job.vocabulary * itemsize * is_shared
     levels = (job.weights - space.fixed_params) * itemsize  # pages of the database that were read
     memory = space.dense_params * itemsize + levels + most * state + waiting * config.warm_start * tuned

@@ -223,7 +223,8 @@ def load_winner(
 def _search_scores(history: History, genome: Genome) -> dict[str, float]:
     "What the search measured of a genome when it last survived."
     rows, scores = history.survivors, {}
-    kind = "KL to the dense model, nats per token" if history.config.fitness == "kl" else "perplexity"
+    fitness = history.config.fitness
+    kind = "KL to the dense model, nats per token" if fitness == "kl" else fitness
     for row in rows[rows.genome == genome.code].tail(1).itertuples():
         scores[f"fitness in the search ({kind})"] = row.fitness
         if row.heldout_loss == row.heldout_loss:  # not NaN: it was tracked
