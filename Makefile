@@ -4,7 +4,7 @@ MODEL ?= tiny
 BIN := .venv/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install demo test lab clean
+.PHONY: help install demo test lab docs slides clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -16,7 +16,7 @@ help:  ## list these commands
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --editable '.[dev,eval,docs]'
 	touch $@
 
 # The browser of the workbench's tests: the system's own, installed with the system's package manager where it is missing.
@@ -24,6 +24,10 @@ help:  ## list these commands
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
 	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends chromium; } \
 	  || { echo "The browser tests need chromium, and apt-get could not install it: install it by hand, then run make test again." >&2; exit 1; }
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --editable '.[docs]'
 	touch $@
 
 install: .venv/.installed  ## make .venv and install the package into it
@@ -39,6 +43,12 @@ test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 
 lab: .venv/.installed  ## open JupyterLab on the tour
 	MALLOC_ARENA_MAX=1 $(BIN)/jupyter lab nbs/index.ipynb
+
+docs: .venv/.docs  ## build the site, with search and slides, into _docs: open _docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+slides: .venv/.installed  ## the course as slides for a lecture, in _docs/slides
+	$(BIN)/python docs/slides.py _docs/slides
 
 clean:  ## remove .venv, runs and build files (reports and caches stay)
 	rm -rf .venv runs build dist *.egg-info
