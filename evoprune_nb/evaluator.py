@@ -29,11 +29,12 @@ from .elastic import Elastic
 from .genome import Genome
 from .losses import cross_entropy, final_hidden, head_is_linear, kl_divergence, perplexity
 from .machine.allocator import keep_freed_memory
-from .machine.checks import check_choice, check_whole
+from .machine.checks import check_whole
 from .machine.threads import in_order, widths
 from .models import decoder_layers
 from .pruning import layer_span
-from .selection import FITNESS, Evaluation, Stage, check_warm_start, check_text, scoring_pool
+from .selection import FITNESS, Evaluation, Stage, check_fitness_name, check_text, check_warm_start
+from .selection import scoring_pool
 from .training import Training
 from .warm_start import Tuner
 
@@ -121,11 +122,15 @@ def score_blocks(
 def fitness_of(
     candidate: nn.Module,  # a pruned model
     text: ScoringText,  # of its stage
+    own: Callable[[nn.Module, ScoringText], float] | None = None,  # of `FITNESS`: what counts instead
     by_block: bool = False,  # give the score of every block, too
     first_layer: int = 0,  # layers before it equal the reference's, and are not run
     check_cancelled: Callable[[], None] = lambda: None,  # called before each batch
 ) -> tuple[float, tuple[float, ...]]:
     "The fitness, and the nats of each block or nothing."
+    if own:
+        with torch.no_grad():
+            return float(own(candidate, text)), ()
     if not by_block:
         return score(candidate, text, first_layer, check_cancelled), ()
     blocks = score_blocks(candidate, text, first_layer, check_cancelled)
@@ -162,9 +167,10 @@ class ScoringTexts:
 def check_fitness(
     model: nn.Module,  # the dense model
     fitness: str,  # of `FITNESS`
+    by_block: bool = False,  # whether candidates are compared block by block
 ) -> None:
     "Raise `ValueError` for an unknown fitness, or a model that cannot be scored."
-    check_choice("fitness", fitness, FITNESS)
+    check_fitness_name(fitness, by_block)
     if not head_is_linear(model):
         raise ValueError(
             f"{type(model).__name__} scales or caps its logits after the head; "
@@ -181,7 +187,7 @@ class CandidateEvaluator:
         pools: dict[str, TokenPool],  # with "tuning" and "scoring"
         stages: Sequence[Stage],  # the schedule
         training: Training = Training(),  # how candidates are tuned
-        fitness: str = "kl",  # "kl" to the dense model, or "perplexity"
+        fitness: str = "kl",  # of `FITNESS`: "kl" to the dense model, "perplexity", or one of your own
         seed: int = 0,  # the run's seed
         warm_start: bool = False,  # whether survivors keep their tuned weights
         batch_size: int = SCORING_BATCH,  # blocks per forward pass of scoring
@@ -189,16 +195,16 @@ class CandidateEvaluator:
         elastic: Callable[[], Elastic] | None = None,  # weights that candidates share; None: dense ones
         by_block: bool = False,  # also give the score of every block
     ):
-        check_fitness(model, fitness)
+        check_fitness(model, fitness, by_block)
         for name, n in {"seed": seed, "batch_size": batch_size, "n_jobs": n_jobs}.items():
             check_whole(name, n, None if name == "seed" else 1)
         check_warm_start(warm_start, stages)
         check_text(pools, stages)
         self.model, self.database, self.stages, self.n_jobs = model, database, tuple(stages), n_jobs
-        self.elastic, self.by_block = elastic, by_block
+        self.elastic, self.by_block, self.own = elastic, by_block, FITNESS[fitness]
         self.tuner = Tuner(model, database, pools, self.stages, training, seed, warm_start)
         self.scoring_text = ScoringTexts(
-            model, pools, self.stages, seed, fitness == "kl", batch_size, shared=n_jobs > 1)
+            model, pools, self.stages, seed, fitness != "perplexity", batch_size, shared=n_jobs > 1)
 
     def evaluate(
         self, generation: int, stage: int, text: ScoringText, genome: Genome,
@@ -209,7 +215,8 @@ class CandidateEvaluator:
         tuned = self.tuner.tune(genome, generation, stage, check_cancelled)
         if tuned.finite:
             first = 0 if tuned.tokens else first_own_layer(self.database, genome, text.reference)
-            tuned.fitness, blocks = fitness_of(tuned.model, text, self.by_block, first, check_cancelled)
+            tuned.fitness, blocks = fitness_of(
+                tuned.model, text, self.own, self.by_block, first, check_cancelled)
         if tuned.finite and math.isfinite(tuned.fitness):
             self.tuner.keep(genome, generation, tuned)
         else:
