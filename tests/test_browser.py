@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SHOTS = Path(__file__).parent / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-WAIT = 90_000  # milliseconds, after which a wait fails
+WAIT = 240_000  # milliseconds, after which a wait fails
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext"
 
 SMALL = """

@@ -20,6 +20,7 @@ from evoprune_nb.source import Source
 from evoprune_nb.ui import session
 from evoprune_nb.ui.session import check_unchanged, heldout_quality, run_state, run_status
 from evoprune_nb.ui.workbench import Workbench, attach, open_run
+from evoprune_nb.ui.worker import Worker
 
 WAIT = 60  # seconds, after which a test that waits for an event fails
 
@@ -497,14 +498,16 @@ def test_a_run_of_another_kernel_is_loaded_when_it_is_needed(bench):
 
 
 def test_another_search_in_the_same_directory_is_refused(small, tmp_path):
-    "At once, with what differs, also while this kernel holds the run."
+    "At once, with what differs, also where this kernel has the run open with another text."
     run_dir, source = tmp_path / "run", Source(seq_len=16)
     search = Search(run_dir, *small, small_pools(), short_config(), evaluator=by(made_up), source=source)
     check_unchanged(run_dir, source, search.config)
     with pytest.raises(ValueError, match=r"config.offspring \(4 there, 6 here\)"):
         open_run(run_dir, source, short_config(offspring=6))
-    with pytest.raises(ValueError, match=r"seq_len \(16 there, 32 here\)"):
+    worker = Worker(search)
+    with pytest.raises(ValueError, match=r"open with another source: seq_len \(16 there, 32 here\)"):
         open_run(run_dir, Source(seq_len=32), search.config)
+    assert worker.search is search
 
 
 def test_how_good_the_model_is_comes_first(bench):

@@ -21,7 +21,7 @@ def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("lab")
     notebook = nbformat.read(ROOT / "nbs" / "workbench.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    notebook.cells[0].source += '\nfrom dataclasses import replace\nrun_dir, config = "run", replace(config, generations=12)'
+    notebook.cells[0].source += '\nfrom dataclasses import replace\nrun_dir, config = "run", replace(config, generations=6, stages=(Stage(4, 0, 512), Stage(2, 512, 1024), Stage(1, 1024, 2048)))'
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, root / "workbench.ipynb")
     return root
@@ -63,7 +63,7 @@ def generations(page: Page, place: Path, n: int) -> None:
 
 def until(page: Page, place: Path, condition, each=lambda: None) -> None:
     "Let the search run on, doing something every second, until it has come to a state."
-    for _ in range(300):
+    for _ in range(900):
         if condition(History(place / "run")):
             return
         each()
@@ -86,7 +86,7 @@ def test_pictures(page, place):
     run_cell(page, 0, 1)
     run_cell(page, 1, 2)
     say(page, "press Start")
-    generations(page, place, 2)
+    generations(page, place, 1)
     tab(page, "Settings")
     put(page, "offspring (λ)", "12")
     press(page, "Apply 1 change")
@@ -95,7 +95,7 @@ def test_pictures(page, place):
     tab(page, "Progress")
     frames, area = [], box(page)
     press(page, "Resume")
-    until(page, place, lambda history: len(history.line) >= 5, lambda: frames.append(page.screenshot(clip=area, scale="css")))
+    until(page, place, lambda history: len(history.line) >= 3, lambda: frames.append(page.screenshot(clip=area, scale="css")))
     film(frames)
     press(page, "Pause")
     badge(page, "paused")
@@ -107,7 +107,7 @@ def test_pictures(page, place):
     press(page, "Inject")
     tab(page, "Progress")
     press(page, "Resume")
-    until(page, place, lambda history: len(history.line) >= 6 and history.state["stage"] == 2)
+    until(page, place, lambda history: len(history.line) >= 4 and history.state["stage"] == 2)
     page.wait_for_timeout(2500)  # for the picture of the stages
     shoot(page, "running")
     press(page, "Pause")

@@ -779,7 +779,7 @@ def level_map_figure(
         for unit, level in zip(space.units, genome.levels):
             if unit.kind == kind:
                 corner = unit.layer - 0.48, level - 0.48
-                axes.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor=VERMILLION, linewidth=1.8))
+                axes.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor=colors.ink, linewidth=1.5))
         add_hints(axes, *zip(*cells), colors, 120)
         name = "attention" if kind == "attn" else "MLP"
         axes.set(ylabel=f"level of {name}\n(0: all is kept)", xlabel="layer" if kind == kinds[-1] else "")

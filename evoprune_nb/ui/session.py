@@ -125,15 +125,17 @@ def shapes_timed(directory: Path) -> int:
 
 # %% ../../nbs/ui/03_session.ipynb #15291bdf
 def check_unchanged(run_dir: Path, source: Source, config: SearchConfig) -> None:
-    "Raise `ValueError` when the directory holds a run with other settings, or of another model or text."
+    "Raise `ValueError` when the directory holds a run with other settings, or is open with another source."
     if not (run_dir / "config.json").exists():
         return
     check_same_search(run_dir, {"config": plain_json(asdict(config)), "fingerprints": {}})
+    if worker_of(run_dir) is None:  # model and text are compared when they are loaded
+        return
     there, here = read_settings(run_dir).get("source", {}), plain_json(asdict(source))
-    made_of = [name for name in here if name not in ("latency", "device", "dtype")]  # the machine's choice
-    if differing := [f"{name} ({there[name]!r} there, {here[name]!r} here)" for name in made_of
-                     if name in there and there[name] != here[name]]:
-        raise ValueError(f"{run_dir} holds a search of another source: {'; '.join(differing)}. "
+    names = [name for name in here if name != "latency" and there.get(name, here[name]) != here[name]]
+    if names:
+        differing = "; ".join(f"{name} ({there[name]!r} there, {here[name]!r} here)" for name in names)
+        raise ValueError(f"this kernel has {run_dir} open with another source: {differing}. "
                          "Use another run directory, or the same source to resume")
 
 # %% ../../nbs/ui/03_session.ipynb #7ea7ccb0

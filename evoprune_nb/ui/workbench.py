@@ -329,7 +329,10 @@ def show_quality(bench: "Workbench", code: str) -> dict[str, tuple]:
             failed = lambda error: bench.run.tell(error_html(error, "Quality was not measured:"))
             driver.background.submit(partial(measure_quality, bench, new), failed)
     known, tokens = quality.known(history), quality.tokens or history.config.heldout_tokens
-    about = f"on {tokens:,} tokens" if tokens else "measured once the model is loaded"
+    parts = [f"on {tokens:,} tokens"] if tokens else []
+    if bench.worker is None and any(code not in known for code in codes.values()):
+        parts.append("what is missing is measured once the model is loaded")
+    about = "; ".join(parts)
     update(bench.run.quality, value=quality_html(known, codes, about))
     update(bench.candidate.quality, value=quality_html(known, ends | {"this candidate": code}, about))
     update(bench.candidate.measure, disabled=code in known or not can_drive(driver))
