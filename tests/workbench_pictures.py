@@ -117,7 +117,6 @@ def test_pictures(page, place):
     press(page, "Continue")
     expect(page.locator(".evo-pair").last).to_be_visible()
     page.wait_for_timeout(5000)
-    shoot(page, "candidate-dark")
     tab(page, "Edit")
     change(page, 2, "Keep less", 1)
     change(page, 13, "Keep more", 1)
