@@ -78,14 +78,15 @@ def notebook_markdown(path: Path, picture) -> str:
     return "\n\n".join(parts)
 
 
-def report_markdown(path: Path) -> str:
-    "A report, or the shelf of them, in the clothes of the site."
+def report_markdown(path: Path, picture) -> str:
+    "A report, or the shelf of them, in the clothes of the site; `picture` stores one and returns its address."
     body = re.search(r"(?s)<main.*?>(.*)</main>", path.read_text(encoding="utf-8"))[1]
     body = re.sub(r'(?s)<script.*?</script>|<p class="screen">.*?</p>|<style.*?</style>|<a class="anchor-link".*?</a>', "", body)
     title = re.search(r"(?s)<h1.*?>(.*?)</h1>", body)
     body = body.replace(title[0], "", 1)
     if path.name == "report.html":
         body = clean_html(body)
+    body = re.sub(r"data:image/png;base64,([\w+/=\s]+)", lambda found: picture(b64decode(found[1])), body)
     return f"# {clean_html(re.sub('<.*?>|¶', '', title[1]))}\n\n{raw(body)}"
 
 
@@ -107,14 +108,19 @@ class Site:
         self.files.append(File.generated(self.config, uri, **what))
         return uri
 
-    def notebook(self, path: Path) -> str:
-        uri, pictures = path.relative_to(ROOT).with_suffix(".md").as_posix(), []
+    def pictures(self, uri: str):
+        "A function that adds a picture of a page, and returns its address."
+        added = []
 
         def picture(png: bytes) -> str:
-            pictures.append(self.add(f"{uri[:-3]}_files/{len(pictures)}.png", content=png))
-            return "/".join(pictures[-1].split("/")[-2:])
+            added.append(self.add(f"{uri[:-3]}_files/{len(added)}.png", content=png))
+            return "/".join(added[-1].split("/")[-2:])
 
-        text = notebook_markdown(path, picture)
+        return picture
+
+    def notebook(self, path: Path) -> str:
+        uri = path.relative_to(ROOT).with_suffix(".md").as_posix()
+        text = notebook_markdown(path, self.pictures(uri))
         if re.match(r"\d_", path.name):
             text = re.sub(r"\n\n> .*", rf"\g<0>\n\n[Slides](../../slides/{path.stem}.html)", text, count=1)
         return self.add(uri, content=text)
@@ -123,7 +129,8 @@ class Site:
         return [self.notebook(path) for path in sorted(NBS.glob(pattern))]
 
     def report(self, path: Path) -> str:
-        return self.add(path.relative_to(ROOT).with_suffix(".md").as_posix(), content=report_markdown(path))
+        uri = path.relative_to(ROOT).with_suffix(".md").as_posix()
+        return self.add(uri, content=report_markdown(path, self.pictures(uri)))
 
     def api(self, path: Path) -> dict:
         name = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
