@@ -38,7 +38,7 @@ demo: .venv/.installed  ## prune a model start to end, with a report: make demo 
 
 test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	$(BIN)/evoprune fetch
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|(experiments|tutorials)$$)' --skip_file_re '^([_.]|workbench)'
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|(experiments|tutorials)$$)' --skip_file_re '^([_.]|workbench|runs)'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 lab: .venv/.installed  ## open JupyterLab on the tour

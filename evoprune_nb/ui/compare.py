@@ -180,10 +180,13 @@ def winners_figure(
         return empty_figure("the runs prune models of different depth", theme)
     return genomes_figure([(name, history.winner, history.space) for name, history in runs.items()], theme)
 
-# %% ../../nbs/ui/07_compare.ipynb #27bdfbf4
+# %% ../../nbs/ui/07_compare.ipynb #1dbf31bd
 def _without_seed(history: History) -> dict[str, str]:
     "All settings but the seed, as they were given; what was steered or stopped makes no other group."
     config = asdict(ActiveConfig.of(history.config)) | {"seed": None}
+    if history.config.method != "elastic":
+        del config["elastic"]
+    config["stages"] = _stage_words(config["stages"]).replace(", ", " then ")
     return {name: str(value) for name, value in _flat(config).items()} | {"model": history.space.model}
 
 
@@ -196,11 +199,11 @@ def seed_groups(
     varied = [name for name in names if len({row.get(name) for row in settings.values()}) > 1]
     groups: dict[str, dict[str, History]] = {}
     for name, row in settings.items():
-        words = ", ".join(f"{key} {row.get(key, '–')}" for key in varied) or "all runs"
+        words = ", ".join(f"{key} {row[key]}" for key in varied if key in row) or "all runs"
         groups.setdefault(words, {})[name] = runs[name]
     return groups
 
-# %% ../../nbs/ui/07_compare.ipynb #ece66255
+# %% ../../nbs/ui/07_compare.ipynb #92710947
 def _draw_group(axes, place: int, found: pd.DataFrame, value: str, ink: str) -> None:
     "A dot per run, their mean, and its standard error."
     spread = np.linspace(-0.12, 0.12, len(found)) if len(found) > 1 else [0]
@@ -228,7 +231,8 @@ def seeds_figure(
     axes = figure.subplots()
     for place, group in enumerate(groups.values()):
         _draw_group(axes, place, table[table.run.isin(list(group))], value, ink)
-    labels = [plain(words.replace(", ", "\n")) for words in groups]
+    lines = [words.split(", ") for words in groups]
+    labels = [plain("\n".join(row[:4] + ["…"] * (len(row) > 4))) for row in lines]
     axes.set_xticks(range(len(groups)), labels)
     axes.set(xlim=(-0.5, len(groups) - 0.3), ylabel=VALUES[value],
              title=f"{len(table)} runs at equal {axis}, by settings (seeds apart)")

@@ -96,16 +96,19 @@ const options = model => ({
 });
 """
 
-# %% ../../nbs/ui/11_datagrid.ipynb #7f1e9f95
+# %% ../../nbs/ui/11_datagrid.ipynb #78e5cd6d
 _STYLE = """
-.evo-grid { width: 100%; color: var(--jp-ui-font-color1, #222); font-size: 12.5px; }
-.evo-grid table.dataTable { font-variant-numeric: tabular-nums; }
+.evo-grid { width: 100%; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
+  background: var(--jp-layout-color1, #fff) !important; }
+.evo-grid div.dt-container { background: transparent !important; }
+.evo-grid table.dataTable { font-variant-numeric: tabular-nums; margin: 0 !important; }
 .evo-grid table.dataTable thead th { color: var(--jp-ui-font-color2, #555); font-weight: 600; }
 .evo-grid table.dataTable > thead > tr > th, .evo-grid table.dataTable > tbody > tr > td,
 .evo-grid div.dt-container.dt-empty-footer .dt-scroll-body { border-color: var(--jp-border-color2, #ddd); }
 .evo-grid table.dataTable tbody tr { background: none; cursor: pointer; }
 .evo-grid table.dataTable.display tbody tr:hover > * { box-shadow: inset 0 0 0 9999px rgba(86, 180, 233, .14); }
-.evo-grid table.dataTable > tbody > tr.selected > * {
+.evo-grid table.dataTable.display > tbody > tr.selected > *,
+.evo-grid table.dataTable.display > tbody > tr.selected:hover > * {
   box-shadow: inset 0 0 0 9999px rgba(0, 114, 178, .32) !important; color: inherit !important; }
 .evo-grid table.dataTable > tbody > tr.selected > :first-child { border-left: 3px solid #0072B2; }
 .evo-grid input, .evo-grid select {

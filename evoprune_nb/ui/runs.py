@@ -52,12 +52,11 @@ def reached(history: History) -> dict[str, float]:
         nothing |= {"heldout": math.exp(loss), "stderr": math.exp(loss) * error}
     return nothing | frame.iloc[-1][["change", "fitness"]].to_dict() if len(frame) else nothing
 
-# %% ../../nbs/ui/06_runs.ipynb #14be704a
+# %% ../../nbs/ui/06_runs.ipynb #07adbe50
 COLUMNS = {  # column → heading
-    "run": "run", "status": "status", "model": "model", "target": "target", "method": "method", "seed": "seed",
-    "generation": "generation", "generations": "of", "change": "fitness since the start (%)",
-    "fitness": "fitness", "heldout": "held-out perplexity", "stderr": "±", "tokens": "tokens",
-    "seconds": "seconds", "branch": "branch", "note": "note"}
+    "run": "run", "status": "status", "generation": "generation", "generations": "of",
+    "heldout": "held-out perplexity", "stderr": "±", "change": "Δ fitness (%)", "fitness": "fitness", "tokens": "tokens", "seconds": "seconds",
+    "model": "model", "target": "target", "method": "method", "seed": "seed", "branch": "branch", "note": "note"}
 
 
 def run_row(
