@@ -4,11 +4,11 @@ MODEL ?= tiny
 BIN := .venv/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install demo test lab docs slides clean
+.PHONY: help install demo test test-all lab docs slides clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/.installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,20 @@ test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	$(BIN)/evoprune fetch
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|(experiments|tutorials)$$)' --skip_file_re '^([_.]|workbench|runs)'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+PYTHONS := 3.10 3.11 3.12 3.13
+TRANSFORMERS := 5.16.1 5.20.*
+
+test-all: test  ## the tests under every Python that is installed, and with the transformers that vLLM pins
+	@for version in $(PYTHONS); do \
+	  python$$version -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$$version'.split('.'))))" 2>/dev/null || { echo "no Python $$version here"; continue; }; \
+	  echo "Python $$version"; python$$version -m venv .venv/py$$version && .venv/py$$version/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' \
+	  && OMP_NUM_THREADS=1 .venv/py$$version/bin/python -m pytest || exit 1; \
+	done
+	@for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; $(PYTHON) -m venv .venv/transformers && .venv/transformers/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' "transformers==$$version" \
+	  && OMP_NUM_THREADS=1 .venv/transformers/bin/python -m pytest || exit 1; \
+	done
 
 lab: .venv/.installed  ## open JupyterLab on the tour
 	MALLOC_ARENA_MAX=1 $(BIN)/jupyter lab nbs/index.ipynb

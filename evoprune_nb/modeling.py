@@ -173,7 +173,7 @@ def fit_layers(layers: nn.ModuleList, config) -> None:
     "Make every layer as thin as `config.per_layer_config` says; what is so already is left alone."
     for layer, own in zip(layers, config.per_layer_config):
         skip, kv_index = getattr(own, "skip", ()), getattr(own, "kv_index", None)
-        if "attn" in skip:
+        if "attention" in skip or "attn" in skip:  # "attn" in checkpoints of version 0.1
             if getattr(layer, "self_attn", None) is not None:
                 drop_sublayer(layer, "attn", config.norm_names)
         elif kv_index is not None and head_map(layer.self_attn) != kv_index:

@@ -1,4 +1,5 @@
 """Text becomes disjoint, repeatable blocks of tokens."""
+import copy
 import json
 import random
 
@@ -6,6 +7,7 @@ import pandas
 import pyarrow
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,7 +214,7 @@ def test_endless_source_ends(monkeypatch):
     from evoprune_nb import data
     from evoprune_nb.models import load_model
 
-    monkeypatch.setattr(data, "documents", lambda *_: (f"document {i} of very many" for i in itertools.count()))
+    monkeypatch.setattr(data, "documents", lambda *_, **__: (f"document {i} of very many" for i in itertools.count()))
     _, tokenizer = load_model("tiny")
     pools = data.load_pools("endless", tokenizer, seq_len=16, at_most=64)
     assert {pool.n_tokens >= 64 for pool in pools.values()} == {True} and set(pools) == set(data.SPLITS)
@@ -285,3 +287,66 @@ def test_no_tokens_cannot_be_asked_for(tokenizer, tmp_path, n):
     "A number below 1 is refused before the text is read."
     with pytest.raises(ValueError, match=rf"tokens of heldout \(None for all there are\) must be a whole number of at least 1; got {n}"):
         load_pools(tmp_path / "missing.txt", tokenizer, 16, {"heldout": n})
+
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}{{ eos_token }}\n"
+CONVERSATIONS = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(3)]
+
+
+def test_conversations_read_as_the_model_writes_them(tiny, tokenizer, tmp_path):
+    "A column of messages becomes text by the model's chat template; what blocks and documents add is not there twice."
+    source = write(tmp_path / "chats.jsonl", CONVERSATIONS, "messages")
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template, talking.bos_token = TEMPLATE, "<|begin|>"
+    assert list(documents(source, "messages", tokenizer=talking))[0] == "[user] question 0\n[assistant] answer 0\n"
+    with pytest.raises(ValueError, match="no chat template"):
+        list(documents(source, "messages", tokenizer=tokenizer))
+    with pytest.raises(ValueError, match="no chat template"):
+        list(documents(source, "messages"))
+
+
+@pytest.mark.parametrize("value", [["a"], [{"role": "user"}], []])
+def test_other_lists_are_no_conversations(tmp_path, value):
+    "A list of anything else is refused by name."
+    with pytest.raises(ValueError, match="holds list, not text"):
+        list(documents(write(tmp_path / "lists.jsonl", [value])))
+
+
+def mixture(path, parts, **more):
+    path.write_text(yaml.safe_dump({"parts": parts} | more))
+    return path
+
+
+def test_mixture_follows_its_weights(tmp_path):
+    "Documents come from each part in its order, in the proportion of the weights, until a part ends; the seed decides the turns."
+    parts = {name: [f"{name} {i}" for i in range(2000)] for name in ("a", "b", "c")}
+    for name, texts in parts.items():
+        write(tmp_path / f"{name}.jsonl", texts, "words")
+    weights = {"a": 5, "b": 3, "c": 2}
+    rows = [{"text": f"{name}.jsonl", "weight": weight, "column": "words"} for name, weight in weights.items()]
+    mixed = list(documents(mixture(tmp_path / "mixture.yaml", rows)))
+    for name, weight in weights.items():
+        own = [text for text in mixed if text[0] == name]
+        assert own == parts[name][: len(own)] and len(own) / len(mixed) == pytest.approx(weight / 10, abs=0.03)
+    assert max(sum(text[0] == name for text in mixed) for name in parts) == 2000
+    assert list(documents(tmp_path / "mixture.yaml")) == mixed
+    other = list(documents(mixture(tmp_path / "other.yaml", rows, seed=1)))
+    assert [text[0] for text in other[:50]] != [text[0] for text in mixed[:50]]
+
+
+def test_a_mixture_is_a_source_like_any_other(tmp_path, tokenizer, corpus):
+    "Pools are filled from a mixture, and documents keep their splits."
+    rows = [{"text": str(corpus), "weight": 0.5}, {"text": str(write(tmp_path / "b.jsonl", [f"b {i}" for i in range(500)])), "weight": 0.5}]
+    pools = load_pools(mixture(tmp_path / "mixture.yaml", rows), tokenizer, 32, {"calibration": 64, "heldout": 64}, progress=False)
+    assert {split: pool.n_tokens for split, pool in pools.items()} == {"calibration": 64, "heldout": 64}
+
+
+@pytest.mark.parametrize("content, message", [
+    ("parts: [", "no valid YAML"), ("[]", "must look like"), ("parts: []", "must look like"), ("parts: [{text: a.jsonl}]", "must look like"),
+    ("parts: [{text: a.jsonl, weight: 0}]", "weight of a.jsonl"), ("parts: [{text: a.jsonl, weight: x}]", "weight of a.jsonl"), ("parts: [{text: a.jsonl, weight: 1, colum: b}]", "must look like"),
+    ("{parts: [{text: a.jsonl, weight: 1}], seed: -1}", "seed"), ("parts: [{text: mixture.yaml, weight: 1}]", "cannot hold another"), ("parts: [{text: missing.jsonl, weight: 1}]", "missing.jsonl")])
+def test_a_mixture_that_cannot_be_is_refused(tmp_path, content, message):
+    "With what was found, and what would be right."
+    (tmp_path / "mixture.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(documents(tmp_path / "mixture.yaml"))

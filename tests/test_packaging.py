@@ -3,10 +3,13 @@ import ast
 import os
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "evoprune_nb").rglob("*.py"))
@@ -89,11 +92,88 @@ for module in pkgutil.walk_packages(evoprune_nb.__path__, "evoprune_nb."): impor
     assert done.stdout == "" and not (tmp_path / "cache").exists()
 
 
-def test_wheel_builds_with_its_model(tmp_path):
-    "`pip wheel .` works, and the wheel carries the modules and the tiny model."
-    import zipfile
-
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    "The wheel of this checkout."
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {"evoprune_nb/search.py", "evoprune_nb/ui/cli.py", "evoprune_nb/ship/export.py", "evoprune_nb/tiny/model.safetensors", "evoprune_nb/tiny/tokenizer.json"} <= set(names)
+    return next(directory.glob("*.whl"))
+
+
+def test_wheel_carries_its_model_and_its_types(wheel):
+    "`pip wheel .` works, and the wheel carries the modules, the tiny model, and the mark that it is typed."
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"evoprune_nb/search.py", "evoprune_nb/ui/cli.py", "evoprune_nb/ship/export.py", "evoprune_nb/tiny/model.safetensors", "evoprune_nb/tiny/tokenizer.json",
+            "evoprune_nb/py.typed", "evoprune_nb/__main__.py"} <= set(names)
+
+
+def test_wheel_would_be_taken(wheel):
+    "`twine check` finds no fault: the description renders, the metadata is whole."
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel_works_in_an_empty_environment(wheel, tmp_path, configured):
+    "Installed into an environment of its own, away from the checkout, command, module and model are there. Dependencies are those of this one."
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    run = lambda *command: subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    python = next((tmp_path / "venv").glob("*/python"))
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+    site = next((tmp_path / "venv").rglob("site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    assert run(str(python.with_name("evoprune")), "--version") == run(str(python), "-m", "evoprune_nb", "--version") == f"evoprune_nb {configured['version']}\n"
+    script = "import evoprune_nb; from evoprune_nb.models import load_model; load_model('tiny'); print(evoprune_nb.__file__)"
+    assert Path(run(str(python), "-c", script).strip()).is_relative_to(site)
+
+
+def test_metadata_says_who_it_is_for(configured, distribution):
+    "Classifiers name status, audience, and each Python from the least to the newest; links lead to source, issues, changelog and paper."
+    classifiers = distribution.metadata.get_classifiers()
+    assert [line.rpartition(" ")[2] for line in classifiers if line.startswith("Programming Language :: Python :: 3.")] == ["3.10", "3.11", "3.12", "3.13"]
+    assert {f"Intended Audience :: {configured['audience']}", "Development Status :: 3 - Alpha", "Typing :: Typed"} <= set(classifiers)
+    assert {"Source", "Issues", "Documentation", "Changelog", "Paper"} == set(distribution.metadata.project_urls)
+    from trove_classifiers import classifiers as known
+
+    assert set(classifiers) <= known
+
+
+def test_citation_is_of_this_version(configured):
+    "CITATION.cff is whole, and names this version and the paper."
+    row = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert row["version"] == configured["version"] and row["repository-code"] == configured["git_url"]
+    assert {"cff-version", "message", "title", "authors"} <= row.keys() and "2502.07780" in row["references"][0]["url"]
+
+
+def test_library_is_silent_unless_asked(tmp_path):
+    "What the package logs goes nowhere by default, and to a handler of one logger when there is one."
+    script = """
+import logging, sys
+from evoprune_nb.machine.files import written_whole
+for place in ("quiet", "loud"):
+    with written_whole(sys.argv[1] + place): pass
+    logging.basicConfig(stream=sys.stdout, format="%(name)s %(message)s")
+    logging.getLogger("evoprune_nb").setLevel(logging.INFO)
+"""
+    done = subprocess.run([sys.executable, "-c", script, f"{tmp_path}/"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout == f"evoprune_nb.machine.files wrote {tmp_path / 'loud'}\n"
+
+
+def test_every_logger_is_below_the_packages():
+    "Modules log by their own names."
+    for path in MODULES:
+        calls = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign) and "getLogger" in ast.unparse(node)]
+        assert set(calls) <= {"log = logging.getLogger(__name__)"} or path.name in ("cli.py", "evaluation.py"), path
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_every_command(shell, capsys):
+    "The script that `--print-completion` prints names all commands."
+    from evoprune_nb.ui.cli import COMMANDS, main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)

@@ -36,14 +36,15 @@ def test_shell_example_runs(tmp_path, monkeypatch):
     (tmp_path / "your-text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents("wikipedia-sample")))
     block = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "evoprune" in block).replace("\\\n", " ")
     replacements = {
-        "your/model": "tiny", "bfloat16": "float32", "100000000": "8192", " --tasks arc_easy piqa": "", "nbs/experiments": str(ROOT / "nbs/experiments"),
+        "your/model": "tiny", "fastest": "float32", "100000000": "8192", " --tasks arc_easy piqa": "", "nbs/experiments": str(ROOT / "nbs/experiments"),
+        "-p generations 20 --text": "-p generations 1 -p offspring 4 --seq-len 64 --calibration-tokens 2048 --text-tokens 2048 -p stages '[[2, 0, 64], [1, 128, 128]]' --dtype float32 --text",
         "-p run_dir": "-p seq_len 64 -p calibration_tokens 2048 -p generations 1 -p offspring 4 -p survivors '[2, 1]' -p tuning_tokens '[0, 128]' -p scoring_tokens '[64, 128]' -p post_tokens 1024 -p heldout_tokens 1024 -p run_dir"}
     for shown, used in replacements.items():
         assert shown in block
         block = block.replace(shown, used)
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("$evoprune ")]
-    assert [command[0] for command in commands] == ["plan", "run", "post-train", "export", "eval", "index"]
+    assert [command[0] for command in commands] == ["plan", "search", "run", "post-train", "export", "eval", "index"]
     for command in commands:
         assert main(command) == 0, command
     assert list(Path("mine-gguf").glob("*.gguf")) and Path("reports/mine/report.html").exists()
@@ -60,5 +61,5 @@ def test_files_and_commands_exist():
     rows = README.partition("## Map of")[2].partition("##")[0]
     named = set(re.findall(r"`(\w+/?)`", rows.partition("| part")[2]))
     assert named <= modules | parts and parts <= named
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"make (\w+)", README)) <= set(targets)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([\w-]+)", README)) <= set(targets)

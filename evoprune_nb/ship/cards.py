@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Card', 'as_text', 'own_files', 'license_files', 'base_license', 'hub_id', 'eval_results', 'card_data', 'table',
-           'sizes', 'card_text', 'write_card', 'read_card', 'evaluation_scores', 'add_scores']
+           'sizes', 'card_text', 'write_card', 'copy_extras', 'read_card', 'evaluation_scores', 'add_scores']
 
 # %% ../../nbs/ship/01_cards.ipynb #34e4aa6c
 import html
@@ -106,12 +106,24 @@ def eval_results(scores: Mapping[str, float | str]) -> list[EvalResult]:
     return [EvalResult("text-generation", dataset, dataset, metric, value) for dataset, metric, value in rows]
 
 
+_TAGS = ["evoprune", "pruned", "structured-pruning", "arxiv:2502.07780"]
+_RELATIONS = {"hf": "finetune", "padded": "finetune", "gguf": "quantized"}  # hubs know no "pruned"
+
+
+def _datasets(card: Card) -> list[str]:
+    "Hub ids of the text that the search and the post-training read."
+    texts = {text.partition(":")[0] for name, text in card.provenance.items() if "text" in name}
+    return sorted(text for text in texts if text.count("/") == 1 and hub_id(text) and not Path(text).suffix)
+
+
 def card_data(card: Card) -> ModelCardData:
     "The front matter of a card."
     name, results = f"{Path(card.base_model).name or 'model'} pruned", eval_results(card.scores)
     return ModelCardData(
         license=card.license or "unknown", base_model=hub_id(card.base_model), pipeline_tag="text-generation",
-        library_name="gguf" if card.form == "gguf" else "transformers", tags=["evoprune", "pruned"],
+        library_name="gguf" if card.form == "gguf" else "transformers", tags=_TAGS,
+        **({"base_model_relation": _RELATIONS[card.form]} if hub_id(card.base_model) else {}),
+        **({"datasets": datasets} if (datasets := _datasets(card)) else {}),
         **({"model_name": name, "eval_results": results} if results else {}))
 
 # %% ../../nbs/ship/01_cards.ipynb #f7666983
@@ -216,6 +228,11 @@ def write_card(directory: Path, model: nn.Module, card: Card, more_sizes: dict |
     write_text(directory / "README.md", card_text(model, card, more_sizes))
     row = {key: getattr(card, key) for key in _KEYS}
     write_text(directory / "card.json", json.dumps(row, indent=1, default=str) + "\n")
+    copy_extras(directory, card)
+
+
+def copy_extras(directory: Path, card: Card) -> None:
+    "Write the licence files of the base model and, with a figure, genome.png."
     for path in card.license_files:
         shutil.copyfile(path, directory / path.name)
     if isinstance(card.figure, Path):

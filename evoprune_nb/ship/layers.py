@@ -15,9 +15,10 @@ from ..models import decoder_layers
 # %% ../../nbs/ship/00_layers.ipynb #46bff979
 def layer_config(layer: nn.Module) -> dict:
     "The configuration values of one decoder layer."
-    missing = [kind for kind, name in (("attn", "self_attn"), ("mlp", "mlp")) if getattr(layer, name) is None]
+    parts = {"attention": layer.self_attn, "mlp": layer.mlp}
+    missing = [kind for kind, part in parts.items() if part is None]
     row = {"skip": missing}
-    if "attn" not in missing:
+    if "attention" not in missing:
         kv_index = head_map(layer.self_attn)
         row |= {"num_attention_heads": len(kv_index), "num_key_value_heads": max(kv_index) + 1}
         row["kv_index"] = kv_index

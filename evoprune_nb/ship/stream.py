@@ -85,7 +85,7 @@ def tuning_documents(
 ) -> Iterator[tuple[tuple[int, int], list[int]]]:
     "Epoch and number, and tokens, of the documents of the tuning split."
     for epoch in range(first[0], epochs):
-        for number, document in enumerate(documents(source, column)):
+        for number, document in enumerate(documents(source, column, tokenizer=tokenizer)):
             if (epoch, number) >= first and split_of(document) == "tuning":
                 yield (epoch, number), document_tokens(tokenizer, document)
 
@@ -165,7 +165,7 @@ def _no_more_text(stream: TokenStream, found: int) -> str:
 def require_text(stream: TokenStream) -> None:
     "Raise `ValueError` when a local source has too little text; a remote one is opened, but not read."
     if stream.source not in EMBEDDED_TEXT and not Path(stream.source).exists():
-        next(documents(stream.source, stream.column))  # it can be reached, and has that column
+        next(documents(stream.source, stream.column, tokenizer=stream.tokenizer))  # it can be reached, and has that column
         return
     found = sum(1 for _ in zip(range(stream.n_blocks), stream.packed((0, 0, 0))))
     if found < stream.n_blocks:
