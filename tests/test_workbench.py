@@ -193,7 +193,6 @@ def test_fewer_offspring_come_after_their_stages(bench):
     panel = prepared(bench())
     panel.steering.form.fields["offspring"].value = "1"
     panel.steering.form.stages.value = (Stage(1, 0, 32),)
-    panel.steering.form.touched()
     assert list(panel.steering.form.changes()) == ["stages", "offspring"]
     panel.steering.form.apply.click()
     assert "refused" not in text(panel.steering.form.say.widget)

@@ -12,6 +12,7 @@ from html import escape
 
 import ipywidgets as widgets
 
+from ..genome import Space
 from ..history import History
 from .controls import Say, button, column, hinted, row
 from .panel import STYLE, generation_progress, run_stats, stats_html
@@ -203,7 +204,10 @@ class CandidateCard:
         self.choice = widgets.Dropdown(
             options=[("–", "")], description="candidate", style={"description_width": "auto"},
             tooltip=tooltip, layout=widgets.Layout(width="330px", margin="0"))
-        self.quality, self.say, self.of = html(), Say("candidate"), ""
+        self.quality, self.say = html(), Say("candidate")
+        self.of = ""  # code of the candidate that has written
+        self.timed: Space | None = None  # with latencies that were measured for this card
+        self.timing = False  # whether they are being measured
         self.choice.observe(lambda _: changed(), "value")
         self.edit = button("Copy to draft", "Begin a draft from this candidate", copy, "copy")
         self.prompt = _text_field("The city is located in", "a prompt", "Text for both models to go on from")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['button', 'row', 'column', 'hinted', 'labelled', 'Say', 'read_number', 'NumberField', 'ShareField', 'make_grid',
            'set_class', 'show_cell', 'UnitTools', 'show_levels', 'draft_html', 'DraftTools', 'GenomeEditor',
-           'freeze_command', 'kept_units', 'show_editor', 'StageTable', 'setting_fields', 'TargetFields', 'settings_of',
-           'setting_names', 'setting_commands', 'ApplyTools', 'show_value', 'fields_of', 'shown_settings', 'doubts',
-           'show_form', 'SettingsForm']
+           'adjust_draft', 'freeze_command', 'kept_units', 'show_editor', 'StageTable', 'setting_fields',
+           'TargetFields', 'settings_of', 'setting_names', 'setting_commands', 'ApplyTools', 'SettingsFields',
+           'show_value', 'fields_of', 'shown_settings', 'doubts', 'show_form', 'SettingsForm', 'send_changes']
 
 # %% ../../nbs/ui/02_controls.ipynb #34655afb
 import math
@@ -328,7 +328,8 @@ class GenomeEditor:
         step = lambda by: self.set_level(self.draft.levels[self.selected] + by)
         self.tools = UnitTools(self.set_level, step, lambda: self.send(freeze_command(self)))
         inject = lambda: self.send({"command": "inject", "genome": self.draft.code})
-        self.actions = DraftTools(inject, lambda: ready(self._adjust), lambda: self.load(self.parent))
+        adjust = lambda: ready(lambda: adjust_draft(self))
+        self.actions = DraftTools(inject, adjust, lambda: self.load(self.parent))
         self.freeze, self.size, self.inject = self.tools.freeze, self.actions.size, self.actions.inject
         self.adjust, self.reset = self.actions.adjust, self.actions.reset
         parts = (grid, self.tools.what, self.tools.widget, self.size, self.actions.widget, self.say.widget)
@@ -353,14 +354,6 @@ class GenomeEditor:
         levels[self.selected] = min(max(level, 0), self.space.n_levels(self.selected) - 1)
         self.load(self.draft.with_levels(levels))
 
-    def _adjust(self) -> None:
-        "Fit the draft to the budget, or say why it cannot be."
-        self.say.clear()
-        try:
-            self.load(self.fit(self.draft, kept_units(self)))
-        except ValueError as error:
-            self.say(f'<b class="evo-bad">no fit:</b> {escape(str(error))}')
-
     def follow(self, parent: Genome, budget: Budget, frozen: Iterable[str], enabled: bool,
                losses: Sequence[Sequence[float]] = ()) -> None:
         "Take over what is now true of the run; a draft that nobody has touched follows the parent."
@@ -373,6 +366,15 @@ class GenomeEditor:
                 show_editor(self)
 
 # %% ../../nbs/ui/02_controls.ipynb #7f8030e4
+def adjust_draft(editor: GenomeEditor) -> None:
+    "Fit the draft to the budget, or say why it cannot be."
+    editor.say.clear()
+    try:
+        editor.load(editor.fit(editor.draft, kept_units(editor)))
+    except ValueError as error:
+        editor.say(f'<b class="evo-bad">no fit:</b> {escape(str(error))}')
+
+
 def freeze_command(editor: GenomeEditor) -> dict:
     "The command that freezes the selected unit, or thaws it."
     unit = editor.space.units[editor.selected].name
@@ -582,6 +584,36 @@ class ApplyTools:
         self.apply.disabled = not (n and enabled)
         self.undo.disabled = n == 0 and not waiting
 
+# %% ../../nbs/ui/02_controls.ipynb #be91247d
+class SettingsFields:
+    "A field for every setting that can be changed while the search runs."
+
+    def __init__(self, config: ActiveConfig, measures: Collection[str]):
+        self.config = config  # in force
+        self.least_generations, self.block = 1, 1  # generations done or under way; tokens of a block
+        self.fields, self.target, self._filling = setting_fields(), TargetFields(measures), False
+        self.stages = StageTable(self._changed)
+        for field in (*self.fields.values(), *self.target.fields):
+            field.observe(lambda _: self._changed(), "value")
+        named = [labelled(_LABELS.get(name, name), field) for name, field in self.fields.items()]
+        self.rows = row(*named, *self.target.labelled), self.stages.widget
+
+    def _changed(self) -> None:
+        if not self._filling:
+            self.edited()
+
+    def fill(self, config: ActiveConfig) -> None:
+        "Show settings, whatever the fields held."
+        self.config, self._filling, values = config, True, settings_of(config)
+        for name, field in self.fields.items():
+            show_value(field, values[name])
+        self.target.fill(values["target"], values["limits"])
+        self.stages.value = values["stages"]
+        self._filling = False
+
+    def edited(self) -> None:
+        "Called when somebody has changed a field."
+
 # %% ../../nbs/ui/02_controls.ipynb #de67084e
 def show_value(field: widgets.Widget, value) -> None:
     "Let a field show a value."
@@ -591,7 +623,7 @@ def show_value(field: widgets.Widget, value) -> None:
         field.value = value
 
 
-def fields_of(form: "SettingsForm") -> dict[str, list[widgets.Widget]]:
+def fields_of(form: SettingsFields) -> dict[str, list[widgets.Widget]]:
     "Setting → its fields."
     target = form.target
     groups = {"target": [target.kind, target.value], "limits": list(target.limits.values()),
@@ -599,7 +631,7 @@ def fields_of(form: "SettingsForm") -> dict[str, list[widgets.Widget]]:
     return {name: [field] for name, field in form.fields.items()} | groups
 
 # %% ../../nbs/ui/02_controls.ipynb #e442b7fe
-def shown_settings(form: "SettingsForm") -> tuple[dict[str, object], dict[str, str]]:
+def shown_settings(form: SettingsFields) -> tuple[dict[str, object], dict[str, str]]:
     "What fields say, by setting; and by setting, why they say nothing that can be sent."
     read = {name: lambda field=field: getattr(field, "number", field.value)
             for name, field in form.fields.items()}
@@ -655,8 +687,8 @@ def show_form(form: "SettingsForm") -> None:
     form.tools.show(len(form.changes()), form.enabled and not problems, bool(form._sent or problems))
 
 # %% ../../nbs/ui/02_controls.ipynb #f4f041d5
-class SettingsForm:
-    "Fields for every setting that can be changed while the search runs."
+class SettingsForm(SettingsFields):
+    "Sends the settings that were changed, while the search runs."
 
     def __init__(
         self,
@@ -665,62 +697,40 @@ class SettingsForm:
         measures: Collection[str] = (),  # costs, besides parameters, that can be limited
         ready: Callable[[Callable[[], None]], None] = lambda act: act(),  # acts once commands can be sent
     ):
-        self.send, self.config, self.ready, self.enabled, self._filling = send, config, ready, True, False
+        super().__init__(config, measures)
+        self.send, self.ready, self.enabled = send, ready, True
         self._sent, self._refused, self._asked = {}, set(), []
-        self.least_generations, self.block = 1, 1  # generations done or under way; tokens of a block
-        self.fields, self.target, self.say = setting_fields(), TargetFields(measures), Say("settings")
-        self.stages = StageTable(self.edited)
-        self.tools = ApplyTools(self._apply, self._undo)
-        for field in (*self.fields.values(), *self.target.fields):
-            field.observe(lambda _: self.edited(), "value")
+        self.say, self.tools = Say("settings"), ApplyTools(self._apply, self._undo)
         self.when, self.apply, self.undo = self.tools.when, self.tools.apply, self.tools.undo
-        named = [labelled(_LABELS.get(name, name), field) for name, field in self.fields.items()]
-        named = row(*named, *self.target.labelled)
-        self.widget = column(named, self.stages.widget, self.tools.widget, self.say.widget, gap="10px",
-                             width="100%")
+        self.widget = column(*self.rows, self.tools.widget, self.say.widget, gap="10px", width="100%")
         self.fill(config)
-
-    def fill(self, config: ActiveConfig) -> None:
-        "Show settings, whatever the fields held."
-        self.config, self._filling, self._sent, self._refused = config, True, {}, set()
-        values = settings_of(config)
-        for name, field in self.fields.items():
-            show_value(field, values[name])
-        self.target.fill(values["target"], values["limits"])
-        self.stages.value = values["stages"]
-        self._filling = False
-        self.touched()
 
     def follow(self, config: ActiveConfig, enabled: bool) -> None:
         "Take over changed settings, unless someone is editing."
         if enabled != self.enabled:
             self.enabled = enabled
-            self.touched()
+            show_form(self)
         if config != self.config:
-            edited, self.config, now = self.changes() or self.problems(), config, settings_of(config)
+            edited, self.config, now = self.changes() or shown_settings(self)[1], config, settings_of(config)
             self._sent = {name: value for name, value in self._sent.items() if value != now[name]}
-            self.touched() if edited or self._sent else self.fill(config)
+            show_form(self) if edited or self._sent else self.fill(config)
 
     def changes(self) -> dict[str, dict]:
         "The commands that *Apply* would send, by setting."
         now, shown = settings_of(self.config), shown_settings(self)[0]
         return setting_commands(now, shown, self._sent, self.when.value)
 
-    def problems(self) -> list[str]:
-        "What cannot be read, or cannot be meant."
-        return list(shown_settings(self)[1].values())
+    def fill(self, config: ActiveConfig) -> None:
+        "Show settings, whatever the fields held."
+        self._sent, self._refused = {}, set()
+        super().fill(config)
+        show_form(self)
 
     def edited(self) -> None:
         "Somebody has changed a field: what was said about it before no longer holds."
-        if not self._filling:
-            self._refused, self._asked = set(), []
-            self.say.clear()
-            self.touched()
-
-    def touched(self) -> None:
-        "Let the buttons say how many settings were changed, and mark what is refused."
-        if not self._filling:
-            show_form(self)
+        self._refused, self._asked = set(), []
+        self.say.clear()
+        show_form(self)
 
     def _undo(self) -> None:
         self.say.clear()
@@ -733,13 +743,15 @@ class SettingsForm:
             self.say(f"{escape('; '.join(questions))}. Press Apply again to send it all the same.")
             return
         self.say.clear()
-        self.ready(self._send_changes)
+        self.ready(lambda: send_changes(self))
 
-    def _send_changes(self) -> None:
-        shown = shown_settings(self)[0]
-        for name, command in self.changes().items():
-            if self.send(command):
-                self._refused.add(name)
-            else:
-                self._sent[name] = shown[name]
-        self.touched()
+# %% ../../nbs/ui/02_controls.ipynb #7e180c8d
+def send_changes(form: SettingsForm) -> None:
+    "Send a command for each changed setting; mark those that are refused."
+    shown = shown_settings(form)[0]
+    for name, command in form.changes().items():
+        if form.send(command):
+            form._refused.add(name)
+        else:
+            form._sent[name] = shown[name]
+    show_form(form)
