@@ -631,3 +631,30 @@ def test_scores_are_not_read_through_a_link(tmp_path):
     (tmp_path / "secret").write_text(json.dumps({"heldout": {"perplexity": 7.0}}))
     (tmp_path / "model" / "evaluation.json").symlink_to(tmp_path / "secret")
     assert read_card(tmp_path / "model").scores == {}
+
+
+def test_vllm_is_promised_only_what_it_runs(tmp_path):
+    "Attention in every layer, in groups of one size; the rest is refused with the settings that would do."
+    model = small_model("llama-gqa")
+    for heads, levels, message in [("query", [1, 2, 1, 3, TOP, 9], ""), ("query", [1, TOP, 1, 3, 5, 9], "layer 1 has none"), ("free", [1, 1, 0, 3, 5, 9], "layer 0 differ")]:
+        database = build_database(model, random_blocks(), tmp_path / heads, heads=heads, progress=False)
+        genome = database.space.genome([level % database.space.n_levels(unit) for unit, level in enumerate(levels)])
+        candidate = materialize(model, database, genome)
+        if not message:
+            export.check_vllm(candidate)
+            continue
+        with pytest.raises(ValueError, match=f"{message}.*min_heads"):
+            export.check_vllm(candidate)
+
+
+def test_the_old_name_of_a_skipped_attention_is_read(made, tokenizer, tmp_path):
+    "`attn` in an export of 0.1 means what `attention` means."
+    model = small_model("llama-gqa")
+    database = build_database(model, random_blocks(), tmp_path / "database", progress=False)
+    candidate = materialize(model, database, database.space.genome([0, database.space.n_levels(1) - 1, 0, 0, 0, 0]))
+    export_hf(candidate, word_tokenizer("none"), tmp_path / "out")
+    row = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert row["per_layer_config"]["1"]["skip"] == ["attention"]
+    row["per_layer_config"]["1"]["skip"] = ["attn"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(row))
+    assert model_fingerprint(load_exported(tmp_path / "out")[0]) == model_fingerprint(candidate)

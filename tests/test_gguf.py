@@ -281,3 +281,22 @@ def test_all_families_are_either_held_or_refused(tmp_path):
             export_gguf(small_model(family), None, tmp_path / family)
         except ValueError as error:
             assert "GGUF's deci architecture" in str(error) and not (tmp_path / family).exists()
+
+
+@pytest.mark.parametrize("dtype, worst", [("q8_0", 0.01), ("q5_0", 0.08), ("q4_0", 0.15)])
+def test_quantised_types_are_near_the_weights(tmp_path, dtype, worst):
+    "Matrices are stored in the type, to its error; llama.cpp reads the file; its type says so."
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | dict(hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=96)))
+    reader = gguf.GGUFReader(export_gguf(model, None, tmp_path / "out", dtype=dtype))
+    stored = {tensor.name: tensor for tensor in reader.tensors}["blk.0.ffn_down.weight"]
+    wanted = model.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    error = np.abs(gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(wanted.shape) - wanted).max() / np.abs(wanted).max()
+    assert stored.tensor_type.name.lower() == dtype and 0 < error < worst
+
+
+def test_widths_that_are_no_blocks_are_refused(made, tmp_path):
+    "With the tensor, its width, and the grid that would do."
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match=r"multiple of 32 numbers, not .*\(48\).*grid"):
+        export_gguf(model, None, tmp_path / "out", dtype="q8_0")
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER', 'Named', 'interleaved', 'rope_factors', 'DeciLayer', 'deci_layers', 'gguf_tensors', 'splitter_name',
-           'add_tokenizer', 'check_gguf', 'context_length', 'export_gguf']
+           'add_tokenizer', 'check_gguf', 'context_length', 'check_blocks_fit', 'export_gguf']
 
 # %% ../../nbs/ship/04_gguf.ipynb #8283b69a
 import json
@@ -264,7 +264,22 @@ _TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q5_0": (gguf.GGMLQuantizationType.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
+
+
+def check_blocks_fit(model: nn.Module, kind: gguf.GGMLQuantizationType) -> None:
+    "Raise `ValueError` for rows that are no whole number of blocks of a quantised type."
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    odd = [f"{name} ({tensor.shape[-1]})" for name, tensor in gguf_tensors(model)
+           if tensor.ndim > 1 and tensor.shape[-1] % block]
+    if odd:
+        more = f", and {len(odd) - 3} more" * (len(odd) > 3)
+        raise ValueError(
+            f"{kind.name} holds rows of a multiple of {block} numbers, not {', '.join(odd[:3])}{more}; build the "
+            f"level database with a grid of such widths, e.g. grid={{'mlp': range(0, width + 1, {block})}}")
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_type: int) -> None:
@@ -305,7 +320,7 @@ def export_gguf(
     tokenizer,  # the model's tokenizer; None: the file works on token ids only
     directory: str | Path,  # must not exist yet, or be empty; gets model.gguf and the card
     card: Card = Card(),  # for README.md
-    dtype: str | None = None,  # of the matrices: "float32", "float16" or "bfloat16"; None: the model's
+    dtype: str | None = None,  # of the matrices: "float32", "float16", "bfloat16", "q8_0" …; None: the model's
     pad_heads: bool = False,  # fill smaller groups of query heads with zero heads, instead of refusing
 ) -> Path:
     """Write a GGUF file for llama.cpp; returns its path.
@@ -317,6 +332,7 @@ def export_gguf(
         raise ValueError(f"dtype {dtype!r} is unknown to GGUF export; use one of {', '.join(_TYPES)}")
     check_gguf(model, pad_heads)
     kind, file_type = _TYPES[dtype]
+    check_blocks_fit(model, kind)
     with written_whole(directory) as scratch:
         architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
         writer = gguf.GGUFWriter(scratch / "model.gguf", architecture, use_temp_file=True)

@@ -46,7 +46,7 @@ from ..paper.shelf import write_gallery, write_index
 from ..search import SearchConfig
 from ..selection import Stage
 from ..ship.cards import Card, add_scores, read_card
-from ..ship.export import export_hf, is_run, load_exported, load_searched, load_winner, run_card
+from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner, run_card
 from ..ship.gguf import export_gguf
 from ..ship.padded import export_padded
 from ..ship.posttraining import PostTraining, post_train_checkpoint
@@ -585,6 +585,8 @@ def export_options(parser: argparse.ArgumentParser) -> None:
                "padded and gguf: fill uneven groups of query heads with zero heads instead of refusing them")
     add_option(parser, "--keep-head-count", False,
                "padded: keep the dense number of query heads, for engines that derive head_dim from it")
+    add_option(parser, "--quantise", "", "gguf: q8_0, q5_0 or q4_0 instead of the model's dtype")
+    add_option(parser, "--vllm", False, "hf: refuse what vLLM's Transformers backend does not run")
     add_option(parser, "--max-shard-size", "5GB", "hf and padded: split larger weights into several files")
     winner_options(parser)
 
@@ -594,6 +596,8 @@ def _check_export(options: argparse.Namespace) -> None:
     if options.format == "hf" and (options.pad_heads or options.keep_head_count):
         raise ValueError("--pad-heads and --keep-head-count are for other formats: hf holds any heads as "
                          "they are")
+    if options.quantise and options.format != "gguf" or options.vllm and options.format != "hf":
+        raise ValueError("--quantise is for --format gguf, --vllm for --format hf")
     if options.format == "gguf" and options.keep_head_count:
         raise ValueError("--keep-head-count is for --format padded: a GGUF file says its head size")
 
@@ -603,6 +607,8 @@ def _export(options: argparse.Namespace) -> None:
     out = check_target(options.out)
     _check_export(options)
     model, tokenizer, card = _pruned(options)
+    if options.vllm:
+        check_vllm(model)
     if options.format == "hf":
         print(export_hf(model, tokenizer, out, card, options.max_shard_size))
     elif options.format == "padded":
@@ -610,7 +616,7 @@ def _export(options: argparse.Namespace) -> None:
         result = export_padded(model, tokenizer, out, card, options.pad_heads, keep, options.max_shard_size)
         print(f"{result.directory}: {result}")
     else:
-        print(export_gguf(model, tokenizer, out, card, pad_heads=options.pad_heads))
+        print(export_gguf(model, tokenizer, out, card, options.quantise or None, options.pad_heads))
 
 # %% ../../nbs/ui/20_cli.ipynb #c48b2480
 def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
