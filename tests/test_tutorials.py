@@ -54,11 +54,12 @@ def test_hundred_lines_find_the_packages_winner(tiny, tokenizer, corpus, databas
 TOUCH = """
 def touch(view):
     leaves = lambda box: [leaf for child in box.children for leaf in (leaves(child) if hasattr(child, "children") else [child])]
-    control = [leaf for leaf in leaves(view) if type(leaf).__name__.endswith("Slider")][-1]
+    sliders = [leaf for leaf in leaves(view) if type(leaf).__name__.endswith("Slider")]
     shown = [leaf for leaf in leaves(view) if type(leaf).__name__ in ("Image", "HTML")][-1]
-    before = shown.value
-    control.value = control.options[-1] if hasattr(control, "options") else control.max
-    assert shown.value != before, "the widget shows nothing else after its slider was moved"
+    for control in dict.fromkeys((sliders[0], sliders[-1])):
+        before = shown.value
+        control.value = control.options[-1] if hasattr(control, "options") else control.max
+        assert shown.value != before, "the widget shows nothing else after its slider was moved"
 
 touch(_)
 """
