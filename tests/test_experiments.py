@@ -41,7 +41,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
-        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, magnitude, half]", variants="{half: {elastic_tokens: 512}}", heldout_tokens="1024", latency_turns="1",
+        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm]", variants="{half: {elastic_tokens: 512}}", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
     "train_tiny": dict(tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
 }
