@@ -582,6 +582,7 @@ def test_a_branch_says_what_it_keeps(bench):
     panel.moment.back.click()
     panel.driver.background.join()
     assert panel.worker.join(WAIT)
+    panel.refresh()
     panel.moment.slider.value = 1
     panel.refresh()
     assert "changed since then: offspring" in text(panel.moment.keeps) and "applied: back to generation 2" in text(panel.moment.say.widget)
