@@ -18,11 +18,12 @@ from evoprune_nb.runlog import write_state
 from evoprune_nb.search import Search
 from evoprune_nb.ui import trackers
 from evoprune_nb.ui.bell import Bell
+from evoprune_nb.ui.candidate_table import candidate_frame
 from evoprune_nb.ui.cli import main
 from evoprune_nb.ui.film import write_film
 from evoprune_nb.ui.runs_page import RunsPage
-from evoprune_nb.ui.share import share_page, write_share
 from evoprune_nb.ui.trackers import Mirror, entries, mirror
+from evoprune_nb.ui.workbench import attach
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
@@ -48,9 +49,16 @@ def history(folder):
     return History(folder / "seed-0")
 
 
-def test_a_shared_page_opens_offline_and_its_slider_works(history, tmp_path):
+@pytest.fixture(scope="module")
+def shared(folder, tmp_path_factory):
+    "The page of a run, written by the command."
+    path = tmp_path_factory.mktemp("shared") / "new" / "run.html"
+    assert main(["share", str(folder / "seed-0"), "--out", str(path)]) == 0
+    return path
+
+
+def test_a_shared_page_opens_offline_and_its_slider_works(shared):
     "In a browser without a network: nothing is asked for, nothing of a note is taken for markup, every moment is there."
-    path = write_share(history, tmp_path / "new" / "run.html")
     asked, faults = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -58,7 +66,7 @@ def test_a_shared_page_opens_offline_and_its_slider_works(history, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: faults.append(dialog.message))
-        page.goto(path.as_uri())
+        page.goto(shared.as_uri())
         slider, when = page.get_by_role("slider"), page.locator(".evo-moment output")
         expect(when).to_have_text("now")
         now = page.locator("[data-part=lineage]").inner_html()
@@ -71,11 +79,11 @@ def test_a_shared_page_opens_offline_and_its_slider_works(history, tmp_path):
         assert page.locator("[data-part=lineage]").inner_html() == now
         expect(page.locator("[data-part=log]")).to_contain_text("onerror=alert(1)")
         browser.close()
-    assert asked == [path.as_uri()] and faults == []
+    assert asked == [shared.as_uri()] and faults == []
 
 
-def test_a_shared_page_keeps_each_picture_once(history):
-    data = re.search(r'id="moments">(.*?)</script>', share_page(history), re.DOTALL)[1]
+def test_a_shared_page_keeps_each_picture_once(shared):
+    data = re.search(r'id="moments">(.*?)</script>', shared.read_text(), re.DOTALL)[1]
     data = json.loads(data)
     assert len(data["moments"]) == 4 and len(set(data["pieces"])) == len(data["pieces"])
     assert {place for moment in data["moments"] for place in moment["parts"].values()} == set(range(len(data["pieces"])))
@@ -150,15 +158,12 @@ def test_a_run_is_mirrored_while_it_goes_on(small, tmp_path, monkeypatch):
     assert all(a.step <= b.step for a, b in zip(heard.entries, heard.entries[1:]))
 
 
-def test_wrong_trackers_are_refused(folder):
+def test_wrong_trackers_are_refused(folder, monkeypatch):
     with pytest.raises(ValueError, match="tracker 'tensorbord' is unknown.*tensorboard"):
         mirror(folder / "seed-0", ["tensorbord"])
+    monkeypatch.setitem(trackers.TRACKERS, "absent", Heard)
     with pytest.raises(ValueError, match="tracker 'absent' is not installed here: pip install absent"):
-        trackers.TRACKERS["absent"] = Heard
-        try:
-            mirror(folder / "seed-0", ["absent"])
-        finally:
-            del trackers.TRACKERS["absent"]
+        mirror(folder / "seed-0", ["absent"])
 
 
 def test_commands(folder, tmp_path, capsys, monkeypatch):
@@ -170,7 +175,6 @@ def test_commands(folder, tmp_path, capsys, monkeypatch):
     assert rows[0]["heldout"] <= rows[1]["heldout"] and rows[0]["note"].startswith("</script>")
     assert main(["runs", str(folder), "--csv"]) == 0 and capsys.readouterr().out.startswith("run,status,")
     assert main(["candidates", str(folder), "--out", "c.json"]) == 0 and len(json.loads((tmp_path / "c.json").read_text())) > 8
-    assert main(["share", str(folder / "seed-0")]) == 0 and (tmp_path / "seed-0.html").exists()
     for wrong, words in {("runs", "nowhere"): "no folder 'nowhere'", ("runs", str(tmp_path)): "no run directory in", ("runs", str(folder), "--sort", "x"): "column 'x' is unknown", ("share", str(folder / "seed-0"), "--out", "a.pdf"): "a.pdf has no known ending"}.items():
         capsys.readouterr()
         assert main(list(wrong)) == 2 and words in capsys.readouterr().err
@@ -211,6 +215,31 @@ def test_the_page_of_runs(folder, small, tmp_path):
     page.open.click()
     assert page.opened is not None and page.panel.children == (page.opened.widget,)
     page.close()
+
+
+def test_the_explorer_of_the_panel(folder):
+    "A press on a candidate shows it in every card; the map chooses a unit and takes it to the editor; Share writes the page."
+    panel = attach(folder / "seed-0")
+    panel.close()  # it is refreshed by hand here
+    tabs = panel.widget.children[-1]
+    tabs.selected_index = tabs.titles.index("All candidates")
+    panel.refresh()
+    grid = panel.explorer.table.grid
+    assert len(grid.rows) == len(candidate_frame(panel.history))
+    key = next(row[0] for row in grid.rows if row[1] == 2)
+    grid.selected = [key]
+    panel.refresh()
+    assert panel.shown == panel.explorer.table.row["genome"] and panel.moment.slider.value == 2 and not panel.moment.live.value
+    tabs.selected_index = tabs.titles.index("Importance")
+    panel.refresh()
+    panel.explorer.map.cells[3].click()
+    assert panel.history.space.units[3].name in panel.explorer.map.what.value
+    panel.explorer.map.edit.click()
+    assert panel.steering.editor.selected == 3 and tabs.titles[tabs.selected_index] == "Edit"
+    panel.explorer.share.path.value = "run.pdf"
+    panel.explorer.share.write.click()
+    panel.explorer.share.thread.join(60)
+    assert "no known ending" in panel.explorer.share.say.value and not panel.explorer.share.write.disabled
 
 
 def test_a_page_before_the_first_run(tmp_path):

@@ -26,7 +26,7 @@ const show = column => column.numeric
   : (value, kind) => kind === "display" ? escape(value ?? "") : String(value ?? "");
 """
 
-# %% ../../nbs/ui/11_datagrid.ipynb #47162400
+# %% ../../nbs/ui/11_datagrid.ipynb #e81df2db
 _RENDER = """
 async function render({model, el}) {
   const {default: DataTable} = await load(model.get("_engine"));
@@ -35,6 +35,7 @@ async function render({model, el}) {
   table.className = "display compact nowrap";
   el.classList.add("evo-grid");
   el.dataset.lmSuppressShortcuts = "true";
+  el.title = "press a row to select it, a heading to sort; type below a heading to filter";
   el.append(table);
   let grid, quiet = false;
   const mark = () => {
@@ -67,6 +68,11 @@ async function render({model, el}) {
     }
     grid = new DataTable(table, options(model));
     grid.on("select deselect", tell);
+    for (const field of el.querySelectorAll("thead input, thead select, .dt-length select")) {
+      const cell = field.closest("th"), column = cell ? model.get("columns")[cell.cellIndex] : null;
+      field.setAttribute("aria-label", column ? `filter by ${column.title}` : "rows in a page");
+      field.placeholder = "filter";
+    }
     mark();
   };
   make();
@@ -96,9 +102,9 @@ const options = model => ({
 });
 """
 
-# %% ../../nbs/ui/11_datagrid.ipynb #78e5cd6d
+# %% ../../nbs/ui/11_datagrid.ipynb #31e93c78
 _STYLE = """
-.evo-grid { width: 100%; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
+.evo-grid { width: 100%; min-width: 0; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
   background: var(--jp-layout-color1, #fff) !important; }
 .evo-grid div.dt-container { background: transparent !important; }
 .evo-grid table.dataTable { font-variant-numeric: tabular-nums; margin: 0 !important; }

@@ -49,6 +49,8 @@ _CARDS = """\
 .evo .widget-tab > .widget-tab-contents, .evo .jupyter-widget-tab > .widget-tab-contents {
   padding: 10px 0; border: 0; overflow: visible; }
 .evo .lm-TabBar-tab { flex: 0 1 auto; min-width: 90px;}
+.evo .widget-tab, .evo .lm-TabBar { min-width: 0; max-width: 100%;}
+.evo .lm-TabBar-content { flex-wrap: wrap; min-width: 0;}
 .evo-running { background: #0072B2;}
 .evo-finished { background: #00785a;}
 .evo-failed { background: #b34a00;}
