@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'FORMAT_VERSION', 'write_manifest', 'read_manifest', 'store_unit', 'is_whole', 'check_unit_file', 'UnitFiles',
            'LevelDatabase', 'manifest_to_continue', 'build_database', 'CalibrationPlan', 'plan_calibration',
-           'calibrate', 'Example', 'tiny_example']
+           'calibrate', 'pruned_units', 'Example', 'tiny_example']
 
 # %% ../nbs/08_database.ipynb #b78d6c88
 import copy
@@ -16,9 +16,9 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -325,6 +325,7 @@ def build_database(
     memory_bytes: int | None = None,  # limit on Hessians and hidden states held at a time; None: one pass
     offload_bytes: int | None = None,  # limit on hidden states, in main memory; None: they share memory_bytes
     progress: bool = True,  # show bars
+    pruned: Callable | None = None,  # prunes the units of a plan elsewhere, as `pruned_units` does here
 ) -> LevelDatabase:
     """Build the level database, or continue a build that was interrupted.
 
@@ -340,7 +341,8 @@ def build_database(
         directory.mkdir(parents=True, exist_ok=True)
         with DirectoryLock(directory, "wait until it is built, then open it"), keep_freed_memory():
             manifest, plan = _prepared(model, blocks, directory, settings, memory)
-            _build(model, blocks, directory, manifest, plan, batch_size, progress)
+            prune = partial(pruned or pruned_units, model, blocks, batch_size)
+            _build(prune, directory, manifest, plan, progress)
     return LevelDatabase(directory, model)
 
 # %% ../nbs/08_database.ipynb #8e3aea17
@@ -393,10 +395,9 @@ def _prepared(
 
 
 def _build(
-    model: nn.Module, blocks: torch.Tensor, directory: Path, manifest: dict,
-    plan: "CalibrationPlan | None", batch_size: int, progress: bool
+    prune: Callable, directory: Path, manifest: dict, plan: "CalibrationPlan | None", progress: bool
 ) -> None:
-    "Prune and store the units of a plan, each as soon as its Hessian is known."
+    "Store the units of a plan, each as soon as it is pruned."
     if plan is None:  # another process finished it meanwhile
         return
     levels, settings = _levels(manifest), (manifest["heads"], manifest["damping"])
@@ -404,13 +405,11 @@ def _build(
     n_done = len(levels) - sum(map(len, plan.groups))
     bar = tqdm(total=len(levels), initial=n_done, desc="pruning units", unit="unit", disable=not progress)
     with bar:
-        for unit, hessian in calibrate(model, blocks, batch_size, plan, progress):
-            weight, removed = model.get_submodule(unit.output).weight, levels[unit.name]
-            pruned = prune_unit(weight, hessian, removed, unit.structure_size, unit.n_kv_heads, *settings)
-            manifest["built"][unit.name] = store_unit(directory, unit, pruned, removed)
+        for unit, pruned in prune(plan, levels, settings, progress):
+            manifest["built"][unit.name] = store_unit(directory, unit, pruned, levels[unit.name])
             write_manifest(directory, manifest)
-            log.info("%s: %s, %d levels", directory, unit.name, len(removed))
-            del hessian, pruned  # before the next group is collected
+            log.info("%s: %s, %d levels", directory, unit.name, len(levels[unit.name]))
+            del pruned  # before the next group is collected
             bar.update()
 
 # %% ../nbs/08_database.ipynb #78068d19
@@ -480,6 +479,22 @@ def calibrate(
         first = group[-1].layer + 1 if plan.offload else 0
         for unit in group:
             yield unit, hessians.pop(0)
+
+# %% ../nbs/08_database.ipynb #9ad38545
+def pruned_units(
+    model: nn.Module,  # the dense model
+    blocks: torch.Tensor,  # (n_blocks, seq) calibration tokens
+    batch_size: int,  # blocks per forward pass
+    plan: CalibrationPlan,  # from `plan_calibration`
+    removed: Mapping[str, Sequence[int]],  # structures removed per level, by the name of the unit
+    settings: tuple,  # heads and damping, as for `prune_unit`
+    progress: bool = True,  # show bars
+) -> Iterator[tuple[Unit, PrunedUnit]]:
+    "Units at all their levels, one after another."
+    for unit, hessian in calibrate(model, blocks, batch_size, plan, progress):
+        weight, levels = model.get_submodule(unit.output).weight, removed[unit.name]
+        yield unit, prune_unit(weight, hessian, levels, unit.structure_size, unit.n_kv_heads, *settings)
+        del hessian  # before the next group is collected
 
 # %% ../nbs/08_database.ipynb #3f1db0fd
 @dataclass(frozen=True)

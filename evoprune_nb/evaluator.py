@@ -9,6 +9,7 @@ __all__ = ['SCORING_BATCH', 'SHARED_CHUNKS', 'ScoringText', 'draw_scoring_text',
 
 # %% ../nbs/18_evaluator.ipynb #52f9aa02
 import math
+import socket
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from .genome import Genome
 from .losses import cross_entropy, final_hidden, head_is_linear, kl_divergence, perplexity
 from .machine.allocator import keep_freed_memory
 from .machine.checks import check_whole
+from .machine.device import device_name
 from .machine.threads import in_order, widths
 from .models import decoder_layers
 from .pruning import layer_span
@@ -205,6 +207,16 @@ class CandidateEvaluator:
         self.tuner = Tuner(model, database, pools, self.stages, training, seed, warm_start)
         self.scoring_text = ScoringTexts(
             model, pools, self.stages, seed, fitness != "perplexity", batch_size, shared=n_jobs > 1)
+        self._place = {"host": socket.gethostname(), "device": device_name(model.device)}
+
+    def shared(self, candidates: Sequence[Genome], generation: int, stage: int) -> ScoringText:
+        "What all candidates of a stage have in common: the text, and the hidden states of a reference."
+        text = self.scoring_text(generation, stage)
+        if self.elastic:
+            self.tuner.model, self.tuner.database = self.elastic().model, self.elastic().database
+        if len(candidates) > 1 and not self.stages[stage].tuning_tokens:
+            start_from_reference(text, self.tuner.model, self.tuner.database, most_common(candidates))
+        return text
 
     def evaluate(
         self, generation: int, stage: int, text: ScoringText, genome: Genome,
@@ -226,7 +238,8 @@ class CandidateEvaluator:
         loss = tuned.loss if tuned.loss is None or math.isfinite(tuned.loss) else None
         seconds = time.perf_counter() - start
         return Evaluation(
-            generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, seconds, why, blocks)
+            generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, seconds, why, blocks,
+            **self._place)
 
 # %% ../nbs/18_evaluator.ipynb #5df05f39
 class Evaluator(CandidateEvaluator):
@@ -241,11 +254,7 @@ class Evaluator(CandidateEvaluator):
     ) -> Generator[Evaluation, None, None]:
         "Yield evaluations of `candidates[start:]` in order; closing the generator ends what is under way."
         with keep_freed_memory():
-            text = self.scoring_text(generation, stage)
-            if self.elastic:
-                self.tuner.model, self.tuner.database = self.elastic().model, self.elastic().database
-            if len(candidates) > 1 and not self.stages[stage].tuning_tokens:
-                start_from_reference(text, self.tuner.model, self.tuner.database, most_common(candidates))
+            text = self.shared(candidates, generation, stage)
             evaluate = partial(self.evaluate, generation, stage, text)
             beside = widths(len(candidates), self.n_jobs)[start:]
             with closing(in_order(evaluate, candidates, self.n_jobs, start)) as evaluations:

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -266,17 +266,19 @@ def open_run(
     check_same_search(run_dir, mine)
 
 # %% ../nbs/23_search.ipynb #9f83cdf9
+_OPTIONAL = ("blocks", "host", "device")  # not written when empty
+
+
 def evaluation_row(evaluation: Evaluation) -> dict:
     "An evaluation as JSON."
     row = asdict(evaluation) | ({"fitness": None} if math.isinf(evaluation.fitness) else {})
-    if not row["blocks"]:
-        del row["blocks"]
-    return row
+    return {name: value for name, value in row.items() if value or name not in _OPTIONAL}
 
 
 def row_evaluation(row: dict) -> Evaluation:
     "The evaluation of an event."
-    fields = {name: row[name] for name in Evaluation.__dataclass_fields__ if name != "blocks"}
+    known = Evaluation.__dataclass_fields__
+    fields = {name: row[name] for name in known if name in row or name not in _OPTIONAL}
     fitness = math.inf if row["fitness"] is None else row["fitness"]
     return Evaluation(**fields | {"fitness": fitness, "blocks": tuple(row.get("blocks", ()))})
 
@@ -457,8 +459,9 @@ class Evaluations:
         self,
         make: Callable[[ActiveConfig, int], StageEvaluator],  # makes one from (settings in force, seed)
         inputs: SearchInputs,  # of the search
+        heldout: Callable[[Genome], tuple[float, float | None]],  # loss of a survivor, and its standard error
     ):
-        self.make, self.inputs = make, inputs
+        self.make, self.inputs, self.heldout = make, inputs, heldout
         self.evaluator, self._made_for, self._begun = None, None, None
 
     def prepare(self, rules: ActiveConfig, branch: int) -> None:
@@ -631,7 +634,7 @@ def end_generation(
         fitness = next(e.fitness for e in reversed(scored) if e.genome == code)
         row = {"fitness": fitness, "n_params": inputs.space.n_params(genome)}
         if inputs.config.heldout_tokens:
-            row["heldout_loss"], row["heldout_stderr"] = heldout_loss(inputs, genome)
+            row["heldout_loss"], row["heldout_stderr"] = engine.evaluations.heldout(genome)
         if phase in ("scan", "evolve"):
             row["observed"] = observations(scored, engine.log.position.parent)
         return row
@@ -870,14 +873,15 @@ class Search(SearchView):
         config: SearchConfig = SearchConfig(),  # all settings
         evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None = None,  # made from (rules, seed)
         source: Source | None = None,  # how model, text and database were made, for export and `to_notebook`
+        heldout: Callable[[Genome], tuple[float, float | None]] | None = None,  # as `heldout_loss`, elsewhere
     ):
         database = with_stored_latency(model, database) if "latency" in config.target.limits else database
         self.run_dir, self.model, self.database, self.pools = Path(run_dir), model, database, pools
         self.inputs = SearchInputs(model, database, pools, config)
         check_inputs(self.inputs)
         weights = SharedWeights(self.inputs, self.run_dir / "elastic.safetensors")
-        origin = self.inputs.origin
-        evaluations = Evaluations(evaluator or candidate_evaluator(self.inputs, weights), self.inputs)
+        origin, make = self.inputs.origin, evaluator or candidate_evaluator(self.inputs, weights)
+        evaluations = Evaluations(make, self.inputs, heldout or partial(heldout_loss, self.inputs))
         evaluations.prepare(origin.rules, 0)
         propose(self.inputs, origin)  # raises if the mutation cannot keep the budget
         open_run(self.run_dir, self.inputs, source)

@@ -10,7 +10,7 @@ __all__ = ['PUBLISHED_STAGES', 'FITNESS', 'TRIMMED', 'Stage', 'check_stages', 'c
 # %% ../nbs/14_selection.ipynb #0b633787
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Protocol
 
@@ -123,6 +123,8 @@ class Evaluation:
     seconds: float  # wall time; of candidates evaluated side by side, each one's share
     disqualified: str = ""  # why, if it was
     blocks: tuple[float, ...] = ()  # nats of each scored block, where candidates are compared block by block
+    host: str = field(default="", compare=False)  # the machine that it was evaluated on
+    device: str = field(default="", compare=False)  # and the device, see `device_name`
 
 # %% ../nbs/14_selection.ipynb #04a0c139
 class StageEvaluator(Protocol):

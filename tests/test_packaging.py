@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "evoprune_nb").rglob("*.py"))
-PARTS = ["baselines", "judge", "machine", "paper", "ship", "ui"]
+PARTS = ["baselines", "cluster", "judge", "machine", "paper", "ship", "ui"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_setup_follows_settings(configured, distribution):
     assert (distribution.get_name(), distribution.get_version()) == (configured["pip_name"], configured["version"])
     assert str(distribution.python_requires) == f">={configured['min_python']}"
     assert list(distribution.install_requires) == configured["requirements"].split()
-    assert dict(distribution.extras_require) == {extra: configured[f"{extra}_requirements"].split() for extra in ("dev", "docs", "eval")}
+    assert dict(distribution.extras_require) == {extra: configured[f"{extra}_requirements"].split() for extra in ("dev", "docs", "eval", "cluster")}
     assert distribution.entry_points == {"console_scripts": configured["console_scripts"].split("\n")}
 
 

@@ -159,6 +159,18 @@ def test_settings_are_written_whole(tmp_path):
         read_settings(tmp_path)
 
 
+def test_a_newer_format_is_refused(small, run, tmp_path):
+    "What a later version writes is not guessed at, and not called damaged."
+    copy = copy_of(run, tmp_path / "copy")
+    settings = json.loads((copy / "config.json").read_text())
+    assert settings["format"] == 2
+    for newer in (3, "3", None, True):
+        write_json(copy / "config.json", settings | {"format": newer, "sha256": "another hash"})
+        for opened in (read_settings, History, lambda run_dir: search_in(run_dir, small)):
+            with pytest.raises(ValueError, match=f"config.json has format {newer!r}, this version of evoprune_nb reads formats up to 2; update"):
+                opened(copy)
+
+
 def test_a_log_that_is_a_link_is_refused(small, run, tmp_path):
     "A run directory from somebody else may link its log to any file: nothing is cut off or appended there."
     copy, target = copy_of(run, tmp_path / "copy"), tmp_path / "precious"

@@ -166,6 +166,12 @@ class Plan:
         return [f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, {self.device.name} has "
                 f"{have / 1e9:,.1f} GB" for phase in self.phases if phase.memory_bytes > have]
 
+    def devices(self) -> dict[str, int]:
+        "How many devices must share each phase for its memory, in powers of two; 1: a device holds it alone."
+        have = self.device.memory_bytes if self.device else math.inf
+        shares = {phase.name: max(1.0, phase.memory_bytes / have) for phase in self.phases}
+        return {name: 2 ** math.ceil(math.log2(share)) for name, share in shares.items()}
+
     def table(self) -> pd.DataFrame:
         "One row per phase."
         rows = {

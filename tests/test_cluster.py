@@ -1,0 +1,154 @@
+"""A search on a cluster writes the log of a search alone, whoever joins, dies or steers meanwhile."""
+import os
+import threading
+from concurrent.futures import Future
+
+import pytest
+import ray
+import torch
+from helpers import events, random_blocks, short_config, small_pools
+from ray.cluster_utils import Cluster as Machines
+
+from evoprune_nb.cluster.building import build_on_cluster
+from evoprune_nb.cluster.dispatch import WorkerLost, hand_out
+from evoprune_nb.cluster.parts import describe_parts, load_inputs
+from evoprune_nb.cluster.stages import Cluster
+from evoprune_nb.search import Search, SearchInputs
+from evoprune_nb.source import Source
+
+SLOW = {  # a machine with much else to do takes longer to start processes than Ray allows
+    "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300",
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class Crew:
+    "Workers in threads, with a plan of who dies of which item, or joins at which."
+
+    def __init__(self, names, deaths=(), joins=None):
+        self.names, self.deaths, self.joins, self.log = list(names), set(deaths), dict(joins or {}), []
+
+    def ready(self):
+        return self.names
+
+    def drop(self, worker):
+        self.names.remove(worker)
+
+    def begin(self, worker, item):
+        future = Future()
+        self.log.append((worker, item))
+        self.names += self.joins.pop(item, "")
+        dies = (worker, item) in self.deaths or ("*", item) in self.deaths
+        threading.Timer(0.02 / (1 + item), lambda: future.set_exception(WorkerLost("gone")) if dies else future.set_result((item, item**2))).start()
+        return future
+
+
+@pytest.mark.parametrize("crew", [Crew("a"), Crew("abc"), Crew("abc", deaths=[("a", 0), ("b", 1), ("b", 3)]), Crew("a", joins={0: "bcd"})], ids=["one", "three", "deaths", "joins"])
+def test_results_come_in_order_whoever_works(crew):
+    assert [*hand_out(crew, range(12), crew.begin)] == [(item, item**2) for item in range(12)]
+    assert {item for _, item in crew.log} == {*range(12)}
+
+
+def test_items_stay_at_home_while_the_worker_lives():
+    "The items of a dead worker go to others; those of a living one wait for it."
+    homes = {item: "ab"[item % 2] for item in range(8)}
+    crew = Crew("abc", deaths=[("b", 3)])
+    assert [*hand_out(crew, range(8), crew.begin, homes.get)] == [(item, item**2) for item in range(8)]
+    assert {worker for worker, item in crew.log if item % 2 == 0} == {"a"}
+    assert ("b", 1) in crew.log and not any(worker == "b" for worker, item in crew.log if item > 3)
+
+
+def test_work_that_kills_its_workers_ends_the_stage():
+    crew, cancelled = Crew("abcd", deaths=[("*", 2)]), []
+    with pytest.raises(RuntimeError, match="3 workers have died of the same work; the last: gone"):
+        [*hand_out(crew, range(4), crew.begin, cancel=lambda: cancelled.append(True))]
+    assert len(crew.names) == 1 and cancelled == [True]
+
+
+def test_closing_cancels():
+    crew, cancelled = Crew("ab"), []
+    results = hand_out(crew, range(9), crew.begin, cancel=lambda: cancelled.append(True))
+    next(results)
+    results.close()
+    assert cancelled == [True] and len(crew.log) < 9
+
+
+def test_a_copy_is_checked(small, tmp_path):
+    "A worker whose files differ from the driver's says which; a copy is made once."
+    inputs, keep = SearchInputs(*small, small_pools(), short_config()), {}
+    parts = describe_parts(inputs, None, "cpu", str(tmp_path), lambda data: keep.setdefault(len(keep), data) and len(keep) - 1)
+    loaded = load_inputs(parts, keep.get)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.state_dict().values(), small[0].state_dict().values()))
+    load_inputs(parts, None)  # from the copies
+    wrong = describe_parts(SearchInputs(*small, small_pools(), short_config()), Source("tiny"), "cpu", "", None)
+    with pytest.raises(ValueError, match=r"something else than the driver: model \(.* there, .* here\)"):
+        load_inputs(wrong, None)
+    with pytest.raises(ValueError, match="workers must know how to load the model"):
+        describe_parts(inputs, None, "cpu", "", None)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    "Two machines of one core, each with a folder of its own for copies; more can join."
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SLOW.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join(os.sys.path))
+        cluster, n = Machines(), iter(range(9))
+        join = lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20, include_dashboard=False, env_vars={"MINE": str(tmp_path_factory.mktemp(f"machine {next(n)}"))})
+        nodes = [join(), join()]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster, nodes, join
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def steered(search: Search, at: dict[int, callable]) -> list[dict]:
+    "The log of a search in which something happens after so many evaluations."
+    n = iter(range(1, 1000))
+    search.drive(lambda _: at.pop(next(n), lambda: None)())
+    assert not at
+    return [{key: value for key, value in row.items() if key not in ("host", "device")} for row in events(search.run_dir)]
+
+
+def test_the_log_is_that_of_a_search_alone(small, machines, tmp_path):
+    "With warm starts, held-out loss, a killed worker, a killed machine, one that joins, and commands in between."
+    cluster, nodes, join = machines
+    config = short_config(generations=4, warm_start=True, heldout_tokens=32)
+
+    def commands(search: Search) -> dict:
+        return {3: lambda: search.send({"command": "set", "setting": "offspring", "value": 5}), 12: lambda: search.send({"command": "set", "setting": "lr", "value": 2e-3, "when": "now"})}
+
+    alone = Search(tmp_path / "alone", *small, small_pools(), config)
+    expected = steered(alone, commands(alone))
+    with Cluster(*small, small_pools(), config, address=cluster.address, copies="$MINE/copies", patience=200) as on:
+        search = on.search(tmp_path / "cluster")
+
+        def kill() -> None:
+            ray.kill(on.workers.ready()[0].process)
+
+        found = steered(search, commands(search) | {2: kill, 8: join, 10: lambda: cluster.remove_node(nodes[1], allow_graceful=False)})
+        rows = [row for row in events(search.run_dir) if row["event"] == "evaluation"]
+    assert found == expected and search.parent == alone.parent
+    assert {(row["device"], row["host"] != "") for row in rows} == {("cpu", True)}
+
+
+def test_a_database_built_on_workers(small, machines, tmp_path):
+    "One part of the text gives the bits of a local build; several give the same levels, to rounding."
+    cluster, *_ = machines
+    model, local = small
+    build = lambda name, n: build_on_cluster(model, random_blocks(), tmp_path / name, n_shards=n, copies="$MINE/copies", address=cluster.address, workers={"most": 2}, batch_size=4, progress=False)
+    one = build_on_cluster(model, random_blocks(), tmp_path / "one", n_shards=1, copies="$MINE/copies", address=cluster.address, workers={"most": 2}, progress=False)
+    assert one.fingerprint == local.fingerprint
+    many = build("many", 4)
+    errors = lambda database: torch.tensor([level for row in database.errors for level in row])
+    assert torch.allclose(errors(many), errors(local), rtol=1e-3, atol=1e-6)
+    assert build("many", 4).fingerprint == many.fingerprint
+
+
+def test_no_room(small, machines):
+    "What no machine can hold is refused at once, with what they have."
+    cluster, *_ = machines
+    with pytest.raises(ValueError, match=r"needs 100 CPU, 0 GPU, they have 1 CPU, 0 GPU"):
+        Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=100)
+    with pytest.raises(ValueError, match="cpus must be a whole number"):
+        Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=0)
