@@ -169,6 +169,7 @@ def read_settings(
     written = settings.pop("sha256", None)
     if written != _sha256(settings) if written else not _VERSION_0_1.issuperset(settings):
         raise ValueError(f"{path} is damaged: it is not what the search wrote; restore it from a copy")
+    settings.pop("format", None)
     parts = ("config", "fingerprints", "space")
     if missing := [key for key in parts if not isinstance(settings.get(key), dict)]:
         raise ValueError(f"{path} is not of a search: it lacks {', '.join(missing)}")

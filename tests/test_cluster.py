@@ -18,7 +18,7 @@ from evoprune_nb.source import Source
 
 SLOW = {  # a machine with much else to do takes longer to start processes than Ray allows
     "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300",
-    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    "RAY_health_check_timeout_ms": "60000", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 class Crew:

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from .dispatch import hand_out
-from .parts import Parts, model_files
+from .parts import Parts, identity, model_files
 from .workers import Workers, connect
 from ..config import SearchConfig
 from ..database import CalibrationPlan, LevelDatabase, build_database
 from ..machine.checks import check_whole
-from ..models import Unit, model_fingerprint
+from ..models import Unit
 from ..pruning import PrunedUnit
 from ..source import Source
 
@@ -87,7 +87,7 @@ def build_on_cluster(
     connected = connect(address)
     import ray
 
-    expected, dtype = {"model": model_fingerprint(model)}, str(model.dtype).removeprefix("torch.")
+    expected, dtype = identity(model), str(model.dtype).removeprefix("torch.")
     files = {"model": model_files(model, ray.put)} if copies else {}
     parts = Parts(expected, dtype, device, SearchConfig(), source, copies=copies, files=files)
     crew = Workers(parts, **workers or {})

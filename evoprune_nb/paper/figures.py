@@ -241,7 +241,7 @@ def _edge(values: pd.Series) -> float:
     return usual if above.max() > 1.6 * usual else np.inf
 
 
-def _seen(rows: pd.DataFrame, cells: tuple[int, int] = (250, 50)) -> pd.DataFrame:
+def _seen(rows: pd.DataFrame, cells: tuple[int, int] = (160, 30)) -> pd.DataFrame:
     "Of marks on top of each other, one: at most one in each cell of the panel."
     def bins(values: pd.Series, n: int) -> pd.Series:
         return (n * (values - values.min()) / max(np.ptp(values), 1e-12)).round()
