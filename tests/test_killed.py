@@ -1,6 +1,6 @@
 """Real processes, killed at random moments and on disks that fill up, continue to the end of one that was left alone.
 
-CI kills each job a few times. All of it, 60 kills: EVOPRUNE_KILLS=10 python -m pytest tests/test_killed.py
+CI kills each job a few times. All of it, 70 kills: EVOPRUNE_KILLS=10 python -m pytest tests/test_killed.py
 """
 import hashlib
 import json
@@ -24,6 +24,7 @@ from evoprune_nb.candidates import materialize
 from evoprune_nb.database import LevelDatabase, build_database
 from evoprune_nb.machine.fetch import cached
 from evoprune_nb.machine.files import write_text, written_whole
+from evoprune_nb.paper.grid import Cells, compute_all, grid
 from evoprune_nb.replay import commands_of
 from evoprune_nb.search import Search
 from evoprune_nb.ship.export import export_hf, load_exported
@@ -75,7 +76,18 @@ def export(place: Path) -> None:
             export_hf(candidate(place), word_tokenizer("none"), place / f"export {n}")
 
 
-JOBS = (search, warm_search, database, post_training, trainer, export)
+def experiment(place: Path) -> None:
+    model = small_model(FAMILY)
+    levels = LevelDatabase(place.parent / "levels", model)
+
+    def work(seed: int) -> dict:
+        (place / f"seed {seed}").mkdir(exist_ok=True)
+        return {"winner": Search(place / f"seed {seed}" / "run", model, levels, small_pools(), short_config(generations=1, seed=seed)).run(progress=False).code}
+
+    compute_all(Cells(place / "cells", {"generations": 1}), grid(seed=range(3)), work, progress=False)
+
+
+JOBS = (search, warm_search, database, post_training, trainer, export, experiment)
 
 
 def work(job, place: Path, limit: int | None = None) -> None:
@@ -144,6 +156,9 @@ def contents_of(place: Path) -> dict[str, object]:
         elif path.name == "training.safetensors":  # its notes are in any order
             with safe_open(path, framework="pt") as file:
                 found[name] = file.metadata()["sha256"]
+        elif path.parent.name == "cells":
+            row = json.loads(path.read_text())
+            found[name] = row["key"], row["value"], row["settings"]
         elif path.suffix == ".safetensors" or path.name in ("manifest.json", "config.json") and path.parent.name != "run":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name not in ("writer.lock", "queue.lock"):

@@ -20,7 +20,7 @@ from ..data import TokenPool
 from ..database import LevelDatabase
 from ..genome import Genome
 from ..search import Search, SearchInputs, SharedWeights, candidate_evaluator, check_inputs
-from ..selection import Evaluation
+from ..selection import FITNESS, Evaluation
 from ..source import Source
 
 # %% ../../nbs/cluster/03_stages.ipynb #4ace231f
@@ -93,6 +93,8 @@ class Cluster:
 
         def make(rules: ActiveConfig, seed: int) -> ClusterEvaluator:
             check(rules, seed)  # raises here what would be raised there
+            if FITNESS[rules.fitness] is not None:
+                raise ValueError(f"fitness {rules.fitness!r} is known to this process only; use kl or perplexity")
             return ClusterEvaluator(self.workers, rules, seed, str(path))
 
         return make

@@ -125,7 +125,7 @@ class Cells:
     def _claim(self, path: Path, wait: float) -> FileLock:
         "The right to compute a cell."
         locks = self.directory / ".locks"  # not of the report: git ignores it
-        if not locks.exists():
+        if not (locks / ".gitignore").exists():
             locks.mkdir(parents=True, exist_ok=True)
             write_text(locks / ".gitignore", "*\n")
         try:
