@@ -76,7 +76,8 @@ def scaling_figure(
             axes.set_xticks(widths, widths)
             axes.set_title(f"{model}, {n} devices")
             axes.axhline(n, color=find_theme(theme).muted, linestyle="--", linewidth=0.8)
-    figure.supxlabel("devices that share a candidate", fontsize=9)
-    figure.supylabel("times as fast as one device", fontsize=9)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    ink = find_theme(theme).ink
+    figure.supxlabel("devices that share a candidate", fontsize=9, color=ink)
+    figure.supylabel("times as fast as one device", fontsize=9, color=ink)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return paint(figure, theme)
