@@ -104,7 +104,7 @@ const options = model => ({
 
 # %% ../../nbs/ui/11_datagrid.ipynb #31e93c78
 _STYLE = """
-.evo-grid { width: 100%; min-width: 0; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
+.evo-grid { width: 0 !important; min-width: 100% !important; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
   background: var(--jp-layout-color1, #fff) !important; }
 .evo-grid div.dt-container { background: transparent !important; }
 .evo-grid table.dataTable { font-variant-numeric: tabular-nums; margin: 0 !important; }
