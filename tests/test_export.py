@@ -578,7 +578,7 @@ def test_export_command_refuses_before_work(run_dir, database, tmp_path, capsys,
     plain = tmp_path / "plain"
     plain.mkdir()
     settings = json.loads((run_dir / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key not in ("source", "sha256")}))
+    (plain / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key not in ("source", "sha256", "format")}))
     before = sorted(path.name for path in tmp_path.rglob("*"))
     out, base = str(tmp_path / "out"), ["--database", str(database.directory)]
     for arguments, message in (
