@@ -20,7 +20,7 @@ import slides
 
 ROOT = Path(__file__).parent.parent
 NBS, REPORTS, PACKAGE = ROOT / "nbs", ROOT / "reports", ROOT / "evoprune_nb"
-PARTS = ("machine", "judge", "baselines", "ship", "paper", "ui")  # in the order of the tour
+PARTS = ("machine", "cluster", "judge", "baselines", "ship", "paper", "ui")  # in the order of the tour
 MEDIA = {".png", ".svg", ".gif", ".pdf", ".csv", ".json", ".ipynb", ".tex"}
 shown = {}  # name → HTML that is put into a page as it is
 
@@ -143,7 +143,7 @@ class Site:
 
     def nav(self) -> list:
         course = [f"nbs/tutorials/{name}.ipynb" for name in ("hundred_lines", "[1-9]_*", "glossary")]
-        parts = [{part: self.notebooks(f"{part}/[0-9]*.ipynb")} for part in PARTS]
+        parts = [{part: self.notebooks(f"{part}/[a-z]*.ipynb") + self.notebooks(f"{part}/[0-9]*.ipynb")} for part in PARTS]
         reports = [self.report(REPORTS / f"{name}.html") for name in ("index", "gallery")]
         reports += [self.report(path) for path in sorted(REPORTS.glob("*/report.html"))]
         modules = sorted(PACKAGE.rglob("[!_]*.py"), key=lambda path: (len(path.parts), path))
@@ -152,7 +152,7 @@ class Site:
                       self.add("CHANGELOG.md", content=linked((ROOT / "CHANGELOG.md").read_text()))]},
             {"Learn": [self.notebook(NBS / "index.ipynb"),
                        *(uri for pattern in course for uri in self.notebooks(pattern.removeprefix("nbs/"))),
-                       self.notebook(NBS / "workbench.ipynb")]},
+                       *self.notebooks("[rw]*.ipynb")]},  # runs, workbench
             {"Method": self.notebooks("[0-9]*.ipynb")},
             {"Around it": parts},
             {"Experiments": [*reports, {"Notebooks": self.notebooks("experiments/*.ipynb")}]},
