@@ -420,7 +420,7 @@ PARAMETERS = [
         "generations": ("many", "2.5", "nan", "true", "0", "-1", ""), "offspring": ("0", "2", ".inf", "1e9", "[8]"), "sparsity": ("half", "1.5", "-0.1", ".nan"), "tuning_lr": ("fast", "0", ".inf", "-0.001"), "seq_len": ("0", "-5", "x"), "calibration_tokens": ("-5", "0", "1.5"),
         "heldout_tokens": ("0", "-1"), "post_tokens": ("0", "lots"), "post_batch": ("0",), "post_lr": (".nan",), "post_epochs": ("0",), "n_jobs": ("0",), "seed": ("1.5",), "dtype": ("float23",), "device": ("gpu",), "fitness": ("bleu",), "survivors": ("4", "[4, 2", "[4, 2]", "[2, 4, 1]", "[4, 2, 0]", "[4, 2.5, 1]"),
         "tuning_tokens": ("[0, 2048]", "[0, -1, 4096]", "[0, x, 4096]"), "scoring_tokens": ("[0, 2048, 8192]", "{a: 1}"), "tuning_batch": ("0",)}.items() for value in values],
-    ("demo", "generation", "3", "did you mean 'generations'"), ("demo", "colour", "red", "no parameter 'colour'"), ("seeds", "seeds", "[0, 0]", "each once"), ("seeds", "seeds", "[]", "at least one seed"), ("seeds", "seeds", "[a]", "seed.*'a'"), ("seeds", "generations", "0", "generations.*0"), ("seeds", "tuning_lr", "-1", "lr.*-1"),
+    ("demo", "generation", "3", "did you mean 'generations'"), ("demo", "colour", "red", "no parameter 'colour'"), ("search", "seeds", "[0, 0]", "each once"), ("search", "seeds", "[]", "at least one"),
 ]
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from helpers import events
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from evoprune_nb.data import load_pools
@@ -31,7 +30,6 @@ SEARCH = dict(
     post_tokens="1024", heldout_tokens="1024")
 BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{}" is a new directory
     "demo": SEARCH | dict(run_dir="{}/runs/demo", generations="8"),  # long enough to be interrupted
-    "seeds": SEARCH | dict(run_dir="{}/runs/seeds", seeds="[3, 4]", generations="1"),
     "benchmarks": dict(
         model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
         repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", run_dir="{}/runs/benchmarks"),
@@ -189,14 +187,6 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
     report = tmp_path / "reports" / "it"
     check_page(report / "report.html", len(list((report / "figures").glob("*.png"))) if has_report else 0)
     assert (report / "results.json").exists() == has_report
-    if notebook.stem == "seeds":
-        row = results(report)
-        measured, table = row["results"]["measured"], row["results"]["table"]
-        assert [(m["method"], m["seed"]) for m in measured] == [(method, seed) for seed in (3, 4) for method in ("uniform", "evolved, no tuning", "evolved, staged tuning")]
-        uniform = measured[0]["parameters"]
-        assert all(0.99 * uniform <= m["parameters"] <= uniform and math.isfinite(m["before"] + m["after"]) for m in measured)
-        assert len(table) == 3 and all(re.fullmatch(r"[\d.]+ ± [\d.]+", line["after post-training"]) for line in table)
-        assert not any(e["tuning_tokens"] for e in events(tmp_path / "runs" / "seeds" / "untuned-3") if e["event"] == "evaluation")
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
         assert model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
