@@ -92,7 +92,7 @@ def check_text(
             pools["tuning"].require(stage.tuning_tokens)
 
 # %% ../nbs/14_selection.ipynb #0db0c7f6
-FITNESS = {  # name → function of (candidate, text of its stage); None: the evaluator's own, shared layers run once
+FITNESS = {  # name → function of (candidate, text of its stage); None: the evaluator's own
     "kl": None,
     "perplexity": None,
 }

@@ -55,7 +55,8 @@ def relative_fitness(
     last = rows[rows.stage == rows.groupby(["branch", "generation"]).stage.transform("max")]
     last = last.dropna(subset=["fitness"])[::-1]  # of equal keys, the first counts
     keys = lambda part: zip(part.branch, part.generation)
-    parents = dict(zip(keys(last[last.is_parent]), last[last.is_parent].fitness))
+    of_parents = last[last.is_parent.astype(bool)]  # without evaluations, the column holds no truth values
+    parents = dict(zip(keys(of_parents), of_parents.fitness))
     known = dict(zip(zip(keys(last), last.genome), last.fitness))
     for row in history.survivors.itertuples():
         where = (row.branch, row.generation)

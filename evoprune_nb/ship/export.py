@@ -211,7 +211,7 @@ def load_searched(
     database: str | Path | None = None,  # `database` in the run directory, or beside it
     device: str | torch.device = "cpu",  # where the model goes
 ) -> tuple[nn.Module, object, LevelDatabase]:
-    "The dense model of a run, its tokenizer, and the level database. Raises `ValueError` when they are others."
+    "The dense model of a run, its tokenizer and level database. Raises `ValueError` when they are others."
     source, run_dir = history.source, history.run_dir
     if not (name := model or (source.model_name if source else "")):
         raise ValueError(f"{run_dir} does not say which model it prunes; name it (--model)")

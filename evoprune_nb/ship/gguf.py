@@ -278,8 +278,9 @@ def check_blocks_fit(model: nn.Module, kind: gguf.GGMLQuantizationType) -> None:
     if odd:
         more = f", and {len(odd) - 3} more" * (len(odd) > 3)
         raise ValueError(
-            f"{kind.name} holds rows of a multiple of {block} numbers, not {', '.join(odd[:3])}{more}; build the "
-            f"level database with a grid of such widths, e.g. grid={{'mlp': range(0, width + 1, {block})}}")
+            f"{kind.name} holds rows of a multiple of {block} numbers, not {', '.join(odd[:3])}{more}; "
+            "build the level database with a grid of such widths, e.g. "
+            f"grid={{'mlp': range(0, width + 1, {block})}}")
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_type: int) -> None:
@@ -320,7 +321,7 @@ def export_gguf(
     tokenizer,  # the model's tokenizer; None: the file works on token ids only
     directory: str | Path,  # must not exist yet, or be empty; gets model.gguf and the card
     card: Card = Card(),  # for README.md
-    dtype: str | None = None,  # of the matrices: "float32", "float16", "bfloat16", "q8_0" …; None: the model's
+    dtype: str | None = None,  # of the matrices: "float32", "bfloat16", "q8_0" …; None: the model's
     pad_heads: bool = False,  # fill smaller groups of query heads with zero heads, instead of refusing
 ) -> Path:
     """Write a GGUF file for llama.cpp; returns its path.

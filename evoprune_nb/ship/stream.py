@@ -165,7 +165,8 @@ def _no_more_text(stream: TokenStream, found: int) -> str:
 def require_text(stream: TokenStream) -> None:
     "Raise `ValueError` when a local source has too little text; a remote one is opened, but not read."
     if stream.source not in EMBEDDED_TEXT and not Path(stream.source).exists():
-        next(documents(stream.source, stream.column, tokenizer=stream.tokenizer))  # it can be reached, and has that column
+        # raises when the source cannot be reached, or lacks the column
+        next(documents(stream.source, stream.column, tokenizer=stream.tokenizer))
         return
     found = sum(1 for _ in zip(range(stream.n_blocks), stream.packed((0, 0, 0))))
     if found < stream.n_blocks:

@@ -24,8 +24,8 @@ _TITLES = {  # column → heading
     **{name: words.replace(" per token", "").replace("key/value cache", "K/V cache")
        for name, words in MEASURES.items()},
     "difference": "Δ to the parent", "tuning_tokens": "tuning tokens", "scoring_tokens": "scoring tokens"}
-_SHOWN = ["run", "generation", "branch", "stage", "name", "genome", *MEASURES, "fitness", "difference", "fate",
-          "changes", "ancestry", "tuning_tokens", "scoring_tokens", "seconds"]
+_SHOWN = ["run", "generation", "branch", "stage", "name", "genome", *MEASURES, "fitness", "difference",
+          "fate", "changes", "ancestry", "tuning_tokens", "scoring_tokens", "seconds"]
 
 
 def _keys(frame: pd.DataFrame) -> list[str]:
@@ -40,12 +40,14 @@ class CandidateTable(traitlets.HasTraits):
 
     def __init__(self, height: str = "360px"):
         super().__init__()
-        self.grid, self._frame, self._key = DataGrid(height=height, empty="no candidate yet"), pd.DataFrame(), None
+        self.grid = DataGrid(height=height, empty="no candidate yet")
+        self._frame, self._key = pd.DataFrame(), None
         self.grid.observe(lambda _: setattr(self, "selected", (self.grid.selected or [""])[0]), "selected")
         layout = widgets.Layout(flex="1 1 200px", width="auto", margin="0")
         self.path = widgets.Text("candidates.csv", layout=layout, placeholder="a file",
                                  tooltip="Where the table is written: .csv, .json or .parquet")
-        self.export = button("Export", "Write all candidates to the file named beside it", self._export, "download")
+        words = "Write all candidates to the file named beside it"
+        self.export = button("Export", words, self._export, "download")
         self.say = widgets.HTML()
         self.widget = column(self.grid, row(hinted(self.path), self.export, self.say), width="100%")
 

@@ -85,12 +85,15 @@ def _row(history: History, row, winners: dict, last_stages: dict) -> dict:
 def candidate_frame(
     history: History,  # of a run
 ) -> pd.DataFrame:
-    """One row per candidate and generation: generation, branch and last stage (from 1), genome, costs, fitness,
-    difference to the parent on the same text, fate, name, parent, ancestry, changes, tokens, seconds, time."""
+    """One row per candidate and generation.
+
+    Columns: generation, branch and last stage (from 1), genome, costs, fitness, difference to the parent on
+    the same text, fate, name, parent, ancestry, changes, tokens, seconds, time."""
     parts = (stage_differences(history).assign(abandoned=False), history.abandoned.assign(abandoned=True))
     frame = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     if frame.empty:
-        return pd.DataFrame(columns=["generation", "branch", "stage", "genome", "fitness", "difference", "fate"])
+        columns = ["generation", "branch", "stage", "genome", "fitness", "difference", "fate"]
+        return pd.DataFrame(columns=columns)
     keys = ["abandoned", "branch", "generation", "genome"]
     summed = frame.groupby(keys, sort=False)[["scoring_tokens", "seconds"]].sum()
     last = frame.groupby(keys, sort=False).tail(1).set_index(keys)

@@ -46,7 +46,8 @@ from ..paper.shelf import write_gallery, write_index
 from ..search import SearchConfig
 from ..selection import Stage
 from ..ship.cards import Card, add_scores, read_card
-from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner, run_card
+from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner
+from ..ship.export import run_card
 from ..ship.gguf import export_gguf
 from ..ship.padded import export_padded
 from ..ship.posttraining import PostTraining, post_train_checkpoint

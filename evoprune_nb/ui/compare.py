@@ -41,7 +41,7 @@ def spent(history: History) -> pd.DataFrame:
 
 # %% ../../nbs/ui/07_compare.ipynb #09835175
 def curve(history: History) -> pd.DataFrame:
-    "The survivors on the present line: generation (from 1), tokens, seconds, heldout, stderr, change, fitness."
+    "The survivors on the present line: generation from 1, tokens, seconds, heldout, stderr, change, fitness."
     frame, work = relative_fitness(history), spent(history)
     frame = frame[frame.on_line.astype(bool)].sort_values("generation")
     done = np.searchsorted(work.time, frame.time, side="right") - 1
@@ -76,7 +76,8 @@ def at_equal(
         last = before.iloc[-1] if len(before) else None
         rows.append((name, least, 0 if last is None else int(last.generation),
                      math.nan if last is None else last[value]))
-    frame = pd.DataFrame(rows, columns=["run", axis if axis != "generation" else "until", "generation", value])
+    columns = ["run", axis if axis != "generation" else "until", "generation", value]
+    frame = pd.DataFrame(rows, columns=columns)
     return frame.sort_values(value, ignore_index=True)
 
 # %% ../../nbs/ui/07_compare.ipynb #62451223
@@ -211,7 +212,8 @@ def _draw_group(axes, place: int, found: pd.DataFrame, value: str, ink: str) -> 
                  label="one run" if not place else None)
     if len(found) > 1:
         mean, error = found[value].mean(), found[value].std() / math.sqrt(len(found))
-        axes.errorbar(place + 0.25, mean, error, color=ink, marker="_", markersize=11, capsize=3, linewidth=1.2)
+        style = dict(color=ink, marker="_", markersize=11, capsize=3, linewidth=1.2)
+        axes.errorbar(place + 0.25, mean, error, **style)
         axes.annotate(f"{mean:.4g} ± {error:.2g}", (place + 0.25, mean), (8, 0), textcoords="offset points",
                       va="center", fontsize=8, color=ink)
 

@@ -18,7 +18,11 @@ import traitlets
 _LOAD = """
 const load = text => globalThis.evopruneTables ??=
   import(URL.createObjectURL(new Blob([text], {type: "text/javascript"})));
-const escape = text => { const box = document.createElement("i"); box.textContent = text; return box.innerHTML; };
+const escape = text => {
+  const box = document.createElement("i");
+  box.textContent = text;
+  return box.innerHTML;
+};
 const number = (value, digits) => value == null ? "–" : Math.abs(value) >= 10 ** digits || value % 1 === 0
   ? value.toLocaleString("en", {maximumFractionDigits: 0}) : String(+value.toPrecision(digits));
 const show = column => column.numeric
@@ -87,7 +91,8 @@ export default {render};
 # %% ../../nbs/ui/11_datagrid.ipynb #aba05a9f
 _OPTIONS = """
 const options = model => ({
-  data: model.get("rows"), autoWidth: false, scrollX: true, scrollY: model.get("height"), scrollCollapse: true,
+  data: model.get("rows"), autoWidth: false,
+  scrollX: true, scrollY: model.get("height"), scrollCollapse: true,
   deferRender: true, pageLength: 50, lengthMenu: [25, 50, 100, 500], order: model.get("order"),
   titleRow: 0, columns: model.get("columns").map((column, i) => ({
     data: i + 1, render: show(column), type: column.numeric ? "num" : "string",
@@ -104,15 +109,16 @@ const options = model => ({
 
 # %% ../../nbs/ui/11_datagrid.ipynb #31e93c78
 _STYLE = """
-.evo-grid { width: 0 !important; min-width: 100% !important; font-size: 12.5px; color: var(--jp-ui-font-color1, #222);
-  background: var(--jp-layout-color1, #fff) !important; }
+.evo-grid { width: 0 !important; min-width: 100% !important; font-size: 12.5px;
+  color: var(--jp-ui-font-color1, #222); background: var(--jp-layout-color1, #fff) !important; }
 .evo-grid div.dt-container { background: transparent !important; }
 .evo-grid table.dataTable { font-variant-numeric: tabular-nums; margin: 0 !important; }
 .evo-grid table.dataTable thead th { color: var(--jp-ui-font-color2, #555); font-weight: 600; }
 .evo-grid table.dataTable > thead > tr > th, .evo-grid table.dataTable > tbody > tr > td,
 .evo-grid div.dt-container.dt-empty-footer .dt-scroll-body { border-color: var(--jp-border-color2, #ddd); }
 .evo-grid table.dataTable tbody tr { background: none; cursor: pointer; }
-.evo-grid table.dataTable.display tbody tr:hover > * { box-shadow: inset 0 0 0 9999px rgba(86, 180, 233, .14); }
+.evo-grid table.dataTable.display tbody tr:hover > * {
+  box-shadow: inset 0 0 0 9999px rgba(86, 180, 233, .14); }
 .evo-grid table.dataTable.display > tbody > tr.selected > *,
 .evo-grid table.dataTable.display > tbody > tr.selected:hover > * {
   box-shadow: inset 0 0 0 9999px rgba(0, 114, 178, .32) !important; color: inherit !important; }

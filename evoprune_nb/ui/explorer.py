@@ -33,9 +33,10 @@ class ImportanceMap:
     def __init__(self, freeze: Callable[[int], None], edit: Callable[[int], None]):
         self._acts, self.chosen, self.cells = (freeze, edit), 0, []
         self._frame, self.what, self.figure = None, html(), html()
-        self.freeze = button("Freeze or thaw", "From the next generation on, mutations leave the chosen unit alone, or "
-                             "change it again", lambda: self._acts[0](self.chosen), "lock")
-        self.edit = button("Edit", "Choose this unit in the editor", lambda: self._acts[1](self.chosen), "pencil")
+        words = "From the next generation on, mutations leave the chosen unit alone, or change it again"
+        self.freeze = button("Freeze or thaw", words, lambda: self._acts[0](self.chosen), "lock")
+        words = "Choose this unit in the editor"
+        self.edit = button("Edit", words, lambda: self._acts[1](self.chosen), "pencil")
         self.grid = column(width="100%")
         self.widget = column(self.grid, self.what, row(self.freeze, self.edit), self.figure, width="100%")
 
@@ -62,7 +63,8 @@ class ImportanceMap:
             cell.description = "–" if found.nats != found.nats else f"{1000 * found.nats:.0f}"
             cell.tooltip = f"{found.unit}: {cell.description} thousandths of a nat for one level more removed"
         self.choose(self.chosen)
-        self.figure.value = picture(importance_figure(history, "page"), "expected change of loss at every level")
+        figure = importance_figure(history, "page")
+        self.figure.value = picture(figure, "expected change of loss at every level")
 
 # %% ../../nbs/ui/17_explorer.ipynb #ac357491
 class ShareCard:
@@ -71,10 +73,10 @@ class ShareCard:
     def __init__(self, state: Callable[[], tuple[History, str, str] | None]):
         self._state = state  # gives history, chosen candidate and view of fitness; None before there is a run
         layout = widgets.Layout(flex="1 1 220px", width="auto", margin="0")
-        self.path = widgets.Text("search.html", layout=layout, placeholder="a file",
-                                 tooltip="Where it is written: .html for a page with its slider, .gif for a film")
-        self.write = button("Share", "Write the panel as one page that opens offline, or an animation", self._begin,
-                            "share")
+        tooltip = "Where it is written: .html for a page with its slider, .gif for a film"
+        self.path = widgets.Text("search.html", layout=layout, placeholder="a file", tooltip=tooltip)
+        words = "Write the panel as one page that opens offline, or an animation"
+        self.write = button("Share", words, self._begin, "share")
         self.say = html()
         self.widget = column(row(hinted(self.path), self.write), self.say, width="100%")
         self.thread: threading.Thread | None = None
@@ -129,8 +131,9 @@ class Explorer:
                                         hint="press a row: every card shows that candidate"),
                                    card("Front", self.front, hint="of the last stages, by parameters")),
             "Importance": deck(card("Importance", self.map.widget, flex=HALF,
-                                    hint="from all that was evaluated; thousandths of a nat for a level more")),
-            "Share": deck(card("Share", self.share.widget, hint="a page that opens offline, or an animation"))}
+                                    hint="from all evaluations; thousandths of a nat for a level more")),
+            "Share": deck(card("Share", self.share.widget,
+                               hint="a page that opens offline, or an animation"))}
 
     def follow(self, history: History, tab: str) -> None:
         "Show what is new, in the tab of this name."

@@ -31,7 +31,8 @@ def _draw_path(axes, path: pd.DataFrame, value: str, n: int, muted: str) -> None
     done = path[path.generation <= n]
     axes.plot(done.generation, done[value], color=BLUE, linewidth=2)
     axes.plot(done.generation.tail(1), done[value].tail(1), "o", color=BLUE, markersize=7)
-    axes.set(xlabel="generation", ylabel=VALUES[value].replace(", ", ",\n"), xlim=(0, path.generation.max() + 0.5))
+    axes.set(xlabel="generation", ylabel=VALUES[value].replace(", ", ",\n"))
+    axes.set_xlim(0, path.generation.max() + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 # %% ../../nbs/ui/13_film.ipynb #58629d87
@@ -81,7 +82,9 @@ def write_film(
     dpi: int = 110,  # dots per inch
     say: Callable[[str], None] = lambda words: None,  # told how far it is
 ) -> Path:
-    "Write an animated GIF, in the colours of its last frame. Raises `ValueError` before a generation is complete."
+    """Write an animated GIF, in the colours of its last frame.
+
+    Raises `ValueError` before a generation is complete."""
     path, n = Path(path), len(history.line)
     if path.suffix != ".gif":
         raise ValueError(f"{path.name} does not end in .gif, the format of films")

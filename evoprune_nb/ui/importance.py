@@ -52,8 +52,8 @@ def fit_importance(
         return None
     spread = float(np.std([seen.difference for seen in pairs]))
     model = fit_losses([replace(seen, error=spread) for seen in pairs], center, space)
-    left = [seen.difference - model.predict(Genome.parse(seen.genome)) + model.predict(Genome.parse(seen.parent))
-            for seen in pairs]
+    predicted = lambda code: model.predict(Genome.parse(code))
+    left = [seen.difference - predicted(seen.genome) + predicted(seen.parent) for seen in pairs]
     noise = float(np.sqrt(np.mean(np.square(left))))
     return fit_losses([replace(seen, error=noise) for seen in pairs], center, space)
 
@@ -72,7 +72,8 @@ def level_table(
     for i, unit in enumerate(space.units):
         for level in range(space.n_levels(i)):
             genome = center.with_levels([*center.levels[:i], level, *center.levels[i + 1 :]])
-            rows.append((unit.name, unit.kind, unit.layer, level, space.kept(i, level), *_change(model, genome)))
+            about = unit.name, unit.kind, unit.layer, level, space.kept(i, level)
+            rows.append((*about, *_change(model, genome)))
     return pd.DataFrame(rows, columns=["unit", "kind", "layer", "level", "kept", "nats", "error"])
 
 # %% ../../nbs/ui/10_importance.ipynb #1e73705a
@@ -80,14 +81,17 @@ def _moved(history: History) -> np.ndarray:
     "In how many evaluated pairs each unit differs."
     levels = [(Genome.parse(seen.genome).levels, Genome.parse(seen.parent).levels)
               for seen in observed_pairs(history)]
-    return np.sum([np.not_equal(*pair) for pair in levels] or [np.zeros(len(history.space.units))], axis=0).astype(int)
+    differs = [np.not_equal(*pair) for pair in levels] or [np.zeros(len(history.space.units))]
+    return np.sum(differs, axis=0).astype(int)
 
 
 def importance_frame(
     history: History,  # of a run
 ) -> pd.DataFrame:
-    """One row per unit: unit, kind, layer, level and structures kept by the winner; nats and error of one level
-    more removed (missing at the last); pairs in which it differs; measured: nats of that level, where measured."""
+    """One row per unit.
+
+    Columns: unit, kind, layer; level and structures kept by the winner; nats and error of one level more
+    removed (missing at the last); pairs in which it differs; measured: nats of that level, where measured."""
     model, space = fit_importance(history), history.space
     levels = level_table(model).set_index(["unit", "level"]) if model else None
     seen = sensitivities([pair for row in history.position.observed for pair in row], space)

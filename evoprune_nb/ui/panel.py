@@ -356,7 +356,8 @@ def candidate_html(genome: Genome, space: Space) -> str:
     rows = table(("", "candidate", "dense", "share"), cost_rows(genome, space))
     if "latency" in space.costs:
         return rows
-    return rows + '<p class="evo-quiet">Latency is not measured on this machine: “Time the units” does it.</p>'
+    words = "Latency is not measured on this machine: “Time the units” does it."
+    return rows + f'<p class="evo-quiet">{words}</p>'
 
 # %% ../../nbs/ui/01_panel.ipynb #fb8fbe12
 def continuation_html(prompt: str, texts: dict[str, str]) -> str:

@@ -47,7 +47,9 @@ def pareto_points(
     measure: str = "params",  # a name in MEASURES
     quality: str = "heldout",  # a name in QUALITIES; lower is better
 ) -> pd.DataFrame:
-    "Evaluated genomes: run, genome, generation, fate, cost, quality. Only last stages, which compare like with like."
+    """Evaluated genomes: run, genome, generation, fate, cost, quality.
+
+    Only those of last stages, which were all scored on as much text."""
     found = []
     for name, history in runs.items():
         frame = _heldout(history) if quality == "heldout" else candidate_frame(history)

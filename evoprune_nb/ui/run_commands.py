@@ -32,8 +32,8 @@ def runs_options(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--csv", action="store_true", help="as CSV")
 
 # %% ../../nbs/ui/20_run_commands.ipynb #fc8507c5
-_SHORT = ["run", "status", "model", "target", "generation", "generations", "change", "heldout", "tokens", "seconds",
-          "branch", "note"]  # columns of the text table
+_SHORT = ["run", "status", "model", "target", "generation", "generations", "change", "heldout", "tokens",
+          "seconds", "branch", "note"]  # columns of the text table
 
 
 def _as_text(frame: pd.DataFrame) -> str:
@@ -46,7 +46,8 @@ def _runs(options: argparse.Namespace) -> None:
     check_choice("column", options.sort, COLUMNS)
     frame = RunFolder(options.folder).frame.sort_values(options.sort, kind="stable")
     if frame.empty:
-        raise ValueError(f"no run directory in {options.folder}: none has a config.json beside an events.jsonl")
+        raise ValueError(f"no run directory in {options.folder}: "
+                         "none has a config.json beside an events.jsonl")
     if options.json:
         print(frame.to_json(orient="records", indent=1, force_ascii=False))
     else:
@@ -71,8 +72,8 @@ def _candidates(options: argparse.Namespace) -> None:
 def share_options(parser: argparse.ArgumentParser) -> None:
     "Of `evoprune share`."
     parser.add_argument("run", metavar="RUN", help="run directory, finished or not")
-    parser.add_argument("--out", default="", metavar="FILE", help="ending in .html: the panel, with its slider; "
-                        "in .gif: an animation (default: NAME.html here)")
+    words = "ending in .html: the panel, with its slider; in .gif: an animation (default: NAME.html here)"
+    parser.add_argument("--out", default="", metavar="FILE", help=words)
 
 
 def _share(options: argparse.Namespace) -> None:

@@ -55,8 +55,10 @@ def reached(history: History) -> dict[str, float]:
 # %% ../../nbs/ui/06_runs.ipynb #07adbe50
 COLUMNS = {  # column → heading
     "run": "run", "status": "status", "generation": "generation", "generations": "of",
-    "heldout": "held-out perplexity", "stderr": "±", "change": "Δ fitness (%)", "fitness": "fitness", "tokens": "tokens", "seconds": "seconds",
-    "model": "model", "target": "target", "method": "method", "seed": "seed", "branch": "branch", "note": "note"}
+    "heldout": "held-out perplexity", "stderr": "±", "change": "Δ fitness (%)", "fitness": "fitness",
+    "tokens": "tokens", "seconds": "seconds",
+    "model": "model", "target": "target", "method": "method", "seed": "seed", "branch": "branch",
+    "note": "note"}
 
 
 def run_row(
@@ -89,7 +91,8 @@ class RunFolder:
 
     def refresh(self) -> bool:
         "Look for new runs and new events; whether there are any."
-        before, paths = (self._rows, self.damaged), {self._name(path): path for path in find_runs(self.folder)}
+        before = self._rows, self.damaged
+        paths = {self._name(path): path for path in find_runs(self.folder)}
         self._rows, self.damaged = {}, {}
         for name, path in paths.items():
             try:
@@ -120,7 +123,7 @@ def chosen_runs(
     "Their histories, by the shortest names that differ. Raises `ValueError` when there is no run."
     paths = list(dict.fromkeys(path.resolve() for folder in folders for path in find_runs(folder)))
     if not paths:
-        raise ValueError(f"no run directory in {', '.join(map(str, folders))}: none has a config.json beside an "
-                         "events.jsonl")
+        where = ", ".join(map(str, folders))
+        raise ValueError(f"no run directory in {where}: none has a config.json beside an events.jsonl")
     top = Path(os.path.commonpath([path.parent for path in paths]))
     return {path.relative_to(top).as_posix(): History(path) for path in paths}

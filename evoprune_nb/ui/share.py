@@ -70,7 +70,8 @@ def _cards(pieces: list[str], shown: dict[str, int]) -> str:
 # %% ../../nbs/ui/14_share.ipynb #7014f0fb
 _PAGE_STYLE = """<style>
 :root { --jp-layout-color1: #fff; --jp-layout-color2: #eee; --jp-ui-font-color1: #1f2328;
-  --jp-ui-font-color2: #59636e; --jp-border-color2: #d9dee3; --jp-border-color3: #eee; color-scheme: light dark; }
+  --jp-ui-font-color2: #59636e; --jp-border-color2: #d9dee3; --jp-border-color3: #eee;
+  color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --jp-layout-color1: #1b1f24; --jp-layout-color2: #2a3037;
   --jp-ui-font-color1: #e6edf3; --jp-ui-font-color2: #9da7b1; --jp-border-color2: #3a424b;
   --jp-border-color3: #2a3037; } .evo .evo-good { color: #35c79d !important; }
@@ -89,7 +90,8 @@ main > section:first-child { flex-basis: 100%; }
 # %% ../../nbs/ui/14_share.ipynb #7b22847a
 _SCRIPT = """<script>
 const {pieces, moments} = JSON.parse(document.getElementById("moments").textContent);
-const slider = document.querySelector(".evo-moment input"), when = document.querySelector(".evo-moment output");
+const slider = document.querySelector(".evo-moment input");
+const when = document.querySelector(".evo-moment output");
 slider.addEventListener("input", () => {
   const {label, parts} = moments[slider.value];
   when.textContent = label;
@@ -115,7 +117,8 @@ def share_page(
     data = json.dumps({"pieces": book.pieces, "moments": moments}).replace("</", "<\\/")
     name, last = escape(str(history.run_dir.resolve().name)), len(moments) - 1
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>evoprune: {name}</title>
 {STYLE}{_PAGE_STYLE}</head><body class="evo">
 <div class="evo-title"><b>evoprune: {name}</b>{badge(history.state["status"])}</div>

@@ -204,7 +204,8 @@ class Mirror:
     def _watch_status(self) -> None:
         state = self.history.state
         if state["status"] != self.status and state["status"] in ("finished", "failed"):
-            title, words = f"{self.name} has {state['status']}", (state.get("error") or "").strip().splitlines()
+            title = f"{self.name} has {state['status']}"
+            words = (state.get("error") or "").strip().splitlines()
             text = words[-1] if words else f"{len(self.history.line)} generations"
             for tracker in self.trackers:
                 tracker.ring(title, text, state["status"] == "failed")

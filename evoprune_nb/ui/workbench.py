@@ -219,7 +219,7 @@ def fit_draft(bench: "Workbench", draft: Genome, kept: Collection[int]) -> Genom
 
 # %% ../../nbs/ui/18_workbench.ipynb #a3031ad8
 def select_candidate(bench: "Workbench", row: dict) -> None:
-    "Show a candidate of any generation of the present line, in every card; `row` is one of `candidate_frame`."
+    "Show a candidate of any generation of the present line, in every card; `row`: of `candidate_frame`."
     place, line = (row["branch"], row["generation"] - 1), bench.history.line
     under_way = place == (bench.history.branch, bench.history.generation)
     if not under_way and place not in line:
@@ -249,7 +249,8 @@ def edit_unit(bench: "Workbench", index: int) -> None:
 def make_explorer(bench: "Workbench") -> Explorer:
     "The tabs about candidates, joined to the panel."
     state = lambda: (History(bench.run_dir), bench.shown, bench.fitness_view.value) if bench.history else None
-    return Explorer(partial(select_candidate, bench), partial(toggle_unit, bench), partial(edit_unit, bench), state)
+    acts = [partial(act, bench) for act in (select_candidate, toggle_unit, edit_unit)]
+    return Explorer(*acts, state)
 
 
 def tab_in_sight(bench: "Workbench") -> str:
