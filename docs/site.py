@@ -64,17 +64,31 @@ def output_markdown(output, picture) -> str:
     return raw(data["text/html"]) if "text/html" in data else fenced(data.get("text/plain", ""), ".text .output")
 
 
+def joined(outputs) -> list:
+    "What a cell has printed line by line is one output."
+    together = []
+    for output in outputs:
+        if together and output.output_type == together[-1].output_type == "stream":
+            together[-1].text += output.text
+        else:
+            together.append(output)
+    return together
+
+
 def notebook_markdown(path: Path, picture) -> str:
-    "A notebook as Markdown, without what it hides."
+    "A notebook as Markdown, without what it hides; `#| code-fold: true` folds the code of a cell."
     parts = []
     for cell in nbformat.read(path, 4).cells:
-        directives = re.findall(r"(?m)^#\| *(\w+)", cell.source)
+        directives = re.findall(r"(?m)^#\| *([\w-]+)", cell.source)
         source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
         if cell.cell_type == "markdown":
             parts.append(linked(cell.source))
         elif cell.cell_type == "code" and source and "hide" not in directives:
             exported = " .exported" * ("export" in directives)
-            parts += [fenced(source, f".python{exported}"), *(output_markdown(o, picture) for o in cell.outputs)]
+            code = fenced(source, f".python{exported}")
+            if "code-fold" in directives:
+                code = f'<details class="folded" markdown="1"><summary>Code</summary>\n\n{code}\n\n</details>'
+            parts += [code, *(output_markdown(o, picture) for o in joined(cell.outputs))]
     return "\n\n".join(parts)
 
 

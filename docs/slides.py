@@ -25,7 +25,9 @@ img { max-width: 100%; max-height: 62vh; object-fit: contain; align-self: center
 .table { overflow-x: auto } table { border-collapse: collapse; font-size: .8em }
 th, td { padding: .2em .7em; border-bottom: 1px solid #8888; text-align: left } th { white-space: nowrap }
 pre { font-size: .8em; white-space: pre-wrap; overflow-wrap: anywhere }
+.alive { align-self: center } .alive svg { max-height: 48vh }
 blockquote { margin: 0; font-style: italic }
+math { font-family: "Cambria Math", "STIX Two Math", "Latin Modern Math", "DejaVu Math TeX Gyre", math }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181d } }
 @media print { main { height: auto; overflow: visible } section { break-after: page; min-height: auto } }
 @page { size: landscape; margin: 12mm }
@@ -52,6 +54,8 @@ def outputs(cell) -> Iterator[tuple[str, str]]:
         data = output.get("data", {})
         if "image/png" in data:
             yield "figure", f'<img alt="figure" src="data:image/png;base64,{data["image/png"].strip()}">'
+        elif "<script>" in data.get("text/html", ""):
+            yield "figure", f'<div class="alive">{data["text/html"]}</div>'
         elif "text/html" in data:
             yield "table", f'<div class="table">{clean_html(data["text/html"])}</div>'
 
@@ -69,7 +73,7 @@ def slides(path: Path) -> list[str]:
         shown = [] if "not answered yet" in cell.source else list(outputs(cell))
         for kind, html in shown:  # a prediction is not shown beside its answer
             begin(html) if kind == "figure" or "**Predict" in lead else found[-1].append(html)
-        if cell.cell_type == "code" and lead.endswith(":") and not shown and cell.source.count("\n") < LINES:
+        if cell.cell_type == "code" and lead.endswith(":") and not shown and cell.source.count("\n") < LINES and "#|" not in cell.source:
             found[-1].append(f"<pre>{escape(cell.source)}</pre>")
         lead = cell.source if cell.cell_type == "markdown" else ""
         if not lead or "<details>" in lead or "![" in lead or "running kernel" in lead:

@@ -14,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-PAGES = ["index", "nbs/index", "nbs/07_pruning", "nbs/tutorials/2_second_order", "nbs/tutorials/glossary", "nbs/baselines/07_registry",
+PAGES = ["index", "nbs/index", "nbs/07_pruning", "nbs/cluster/laptop_to_cluster", "nbs/tutorials/2_second_order", "nbs/tutorials/glossary", "nbs/baselines/07_registry",
          "api/search", "commands", "reports/index", "reports/gallery", "reports/demo-smollm2-135m/report", "slides/2_second_order"]  # one of each kind
 
 
@@ -125,6 +125,32 @@ def test_readable_on_a_phone_and_in_the_dark(browser, site, name):
     contrast, paper = page.evaluate(CONTRAST)
     page.close()
     assert complaints == [] and width <= 400 and contrast > 7 and paper < 0.1, (complaints, width, contrast, paper)
+
+
+@pytest.mark.parametrize("name", ["nbs/tutorials/2_second_order", "slides/2_second_order"])
+def test_the_ellipse_is_dragged(browser, site, name):
+    "The blue point takes the cosine along, and the black one the weights; both is said below."
+    complaints = []
+    page = opened(browser, f"file://{site}/{name}.html", complaints, viewport={"width": 1250, "height": 720})
+    points, said = page.locator("svg[viewBox='-3 -3 6 6'] circle"), page.locator("output")
+    assert points.count() == 3 and "-0.65: error 1.00" in said.inner_text()
+
+    def drag(point: int, right: int, down: int) -> str:
+        points.nth(point).scroll_into_view_if_needed()
+        box = points.nth(point).bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + right, y + down, steps=4)
+        page.mouse.up()
+        return said.inner_text()
+
+    tilted = drag(1, 0, 30)  # red, blue, black
+    assert "error 1.00" in tilted and "-0.65" not in tilted
+    moved = drag(2, -30, 0)
+    assert moved.split(":")[0] == tilted.split(":")[0] and "error 1.00" not in moved
+    page.close()
+    assert complaints == []
 
 
 def test_search_finds(browser, site):
