@@ -58,7 +58,7 @@ def _attention_slices(unit: Unit, kept: torch.Tensor) -> dict[str, tuple[int, to
     inputs = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "qkv_proj": joined}
     return {part: (0, rows) for part, rows in inputs.items()} | {"o_proj": (1, heads)}
 
-
+# %% ../nbs/10_candidates.ipynb #85749922
 def unit_slices(
     sublayer: nn.Module,  # the dense attention block or MLP
     unit: Unit,  # what it is

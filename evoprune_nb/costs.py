@@ -146,7 +146,7 @@ def _fixed_attention(model: nn.Module, layer: int, attention: nn.Module,
         "kv_bytes": width * model.dtype.itemsize * cached / context_tokens,
     }
 
-
+# %% ../nbs/02_costs.ipynb #69c7440a
 def fixed_costs(
     model: nn.Module,  # the dense model
     units: Sequence[Unit],  # its prunable units

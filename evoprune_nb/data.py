@@ -368,7 +368,7 @@ def _wanted(tokens: dict[str, int | None] | None) -> dict[str, int | None]:
             check_whole(f"tokens of {split} (None for all there are)", n, least=1)
     return wanted
 
-
+# %% ../nbs/01_data.ipynb #4639a597
 def load_pools(
     source: str | Path = "wikipedia-sample",  # as in `documents`
     tokenizer=None,  # the model's own tokenizer

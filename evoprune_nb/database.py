@@ -153,7 +153,7 @@ def _check_begin(directory: Path, manifest: dict, begin: Sequence[int]) -> None:
             "tokenizer begins a sequence with: its weights fit a state that the model is never used in; "
             "build a new database in another directory")
 
-
+# %% ../nbs/08_database.ipynb #0d42c9a2
 def _check_finished(directory: Path, manifest: dict) -> None:
     "Raise `ValueError` for a build that stopped midway, `DirectoryBusy` for one that is running."
     names = [Unit(**row).name for row in manifest["units"]]
@@ -304,7 +304,7 @@ def manifest_to_continue(
             "choose another directory or delete it")
     return manifest
 
-
+# %% ../nbs/08_database.ipynb #b5ec064b
 def _unbuilt(directory: Path, units: Sequence[Unit], manifest: dict) -> list[Unit]:
     "Units that have no row in the manifest, or no whole file."
     def is_built(row: dict | None) -> bool:
@@ -353,7 +353,7 @@ def _common_first_token(model: nn.Module, blocks: torch.Tensor) -> int | None:
         return None
     return first[0]
 
-
+# %% ../nbs/08_database.ipynb #a7e98aea
 def _settings(
     model: nn.Module, blocks: torch.Tensor, units: Sequence[Unit],
     removed: Sequence[Sequence[int]], heads: str, damping: float,
@@ -393,7 +393,7 @@ def _prepared(
     _check_disk(directory, sum(_stored_bytes(model, unit, levels[unit.name]) for unit in missing))
     return manifest, plan
 
-
+# %% ../nbs/08_database.ipynb #e8bfb4cb
 def _build(
     prune: Callable, directory: Path, manifest: dict, plan: "CalibrationPlan | None", progress: bool
 ) -> None:

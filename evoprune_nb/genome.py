@@ -34,7 +34,7 @@ def _levels(levels: Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         raise ValueError(f"levels must be whole numbers, one per unit; got {shown(levels)}") from None
 
-
+# %% ../nbs/03_genome.ipynb #f7d71b81
 @dataclass(frozen=True)
 class Genome:
     "One level per unit: attention units and MLPs, each by layer."

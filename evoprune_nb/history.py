@@ -271,7 +271,7 @@ def tokens_left(
             left[purpose] += max(0, tokens - used[purpose])
     return left
 
-
+# %% ../nbs/24_history.ipynb #4139232f
 def seconds_per_token(attempts: Sequence[Attempt], n_last: int = 50) -> float | None:
     "Seconds for one token's forward pass in the last evaluations; None before the first."
     last = [row for attempt in attempts[-n_last:] for row in attempt.evaluations][-n_last:]

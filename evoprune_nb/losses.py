@@ -93,7 +93,7 @@ def cross_entropies(
     of_blocks = torch.cat(each).cpu().double().view(len(blocks), -1).mean(1)
     return torch.stack(sums).cpu().double().sum().item() / len(targets), of_blocks
 
-
+# %% ../nbs/12_losses.ipynb #4df81d99
 def cross_entropy(
     head: nn.Module,  # hidden → logits
     hidden: torch.Tensor,  # (blocks, seq, hidden)

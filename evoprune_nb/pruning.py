@@ -281,7 +281,7 @@ def _check_shapes(weight: torch.Tensor, hessian: torch.Tensor, removed: Sequence
     if not removed or min(removed) < 0 or max(removed) > n // size:
         raise ValueError(f"{n // size} structures can be removed; got {removed}")
 
-
+# %% ../nbs/07_pruning.ipynb #b70cff8d
 def prune_unit(
     weight: torch.Tensor,  # (out, in) scored matrix
     hessian: torch.Tensor,  # (in, in) from `collect_hessians`

@@ -81,7 +81,7 @@ def read_events(
 class RunDiverged(RuntimeError):
     "The recorded events are not those that this code, model and configuration produce."
 
-
+# %% ../nbs/22_runlog.ipynb #59d66828
 class EventLog:
     "An append-only log that plays back what it holds, for the one process that drives the run."
 

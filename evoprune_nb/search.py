@@ -133,7 +133,7 @@ def fitted_parent(
     frozen = rules.frozen_units(inputs.space)
     return fit_budget(survivor, inputs.space, budget, inputs.database.errors, frozen)
 
-
+# %% ../nbs/23_search.ipynb #6631fd34
 def mutants(
     inputs: SearchInputs,  # space, seed
     parent: Genome,  # of the generation
@@ -154,7 +154,7 @@ def mutants(
         return propose_genomes(model, parent, budget, rules.offspring, *strength)
     return entrants(position.observed, model, parent, budget, rules.offspring, *strength)
 
-
+# %% ../nbs/23_search.ipynb #e1140b90
 def entrants(
     observed: Sequence[Sequence[Observation]],  # by generation
     model: LossModel,  # fitted to them
@@ -361,7 +361,7 @@ def check_injected(code: str, position: SearchState, space: Space) -> None:
     if moved := [space.units[i].name for i in frozen if levels[i] != parent[i]]:
         raise ValueError(f"genome {code} changes frozen units ({', '.join(moved)}); thaw them first")
 
-
+# %% ../nbs/23_search.ipynb #260ad488
 def check_at(
     command: dict,  # what somebody wants
     position: SearchState,  # where it is to be applied
@@ -618,7 +618,7 @@ def give_up(engine: Engine, why: set[str]) -> None:
             "Lower the learning rate, or change another setting, with a `set` command and start again: "
             "the generation begins anew. With another configuration, use another run directory")
 
-
+# %% ../nbs/23_search.ipynb #d394d8d9
 def end_generation(
     engine: Engine,  # log, held-out text
     last: Elimination,  # of the last stage
@@ -769,7 +769,7 @@ def drive_steps(
         is_evaluation, is_last = isinstance(happened, Evaluation), not engine.log.position.current
         paused = until == "evaluation" and is_evaluation or until == "generation" and is_last
 
-
+# %% ../nbs/23_search.ipynb #fce53a47
 def leave(engine: Engine) -> None:
     "End evaluations under way, and tell onlookers that nobody works on the search."
     engine.evaluations.close()

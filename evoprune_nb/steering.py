@@ -308,7 +308,7 @@ def _command(state: SearchState, row: dict) -> dict:
         changes |= {"abandoned": state.abandoned or (state.branch, state.generation)}
     return changes
 
-
+# %% ../nbs/21_steering.ipynb #17d3475f
 def _back_to(state: SearchState, generation: int) -> dict:
     "What changes when a new branch begins with the parent of a generation."
     parent = (*state.parents, state.parent)[generation]

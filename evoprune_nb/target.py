@@ -59,7 +59,7 @@ class Target:
         _check_size(self.sparsity, self.params, self.limits)
         check_number("tolerance, a share of the limits,", self.tolerance, least=0, below=1)
 
-
+# %% ../nbs/04_target.ipynb #2e4aa892
 def _check_size(sparsity: float | None, params: int | None, limits: dict[str, float]) -> None:
     "Raise `ValueError` unless the size is said once, and can be meant."
     if sparsity is None and params is None and not limits:

@@ -31,7 +31,7 @@ class Flow:
     norms: torch.Tensor  # (structures,) length of what a structure gives: |x| of a channel, ‖x‖ of a head
     energy: float = 0.0  # squared length of the output, without bias
 
-
+# %% ../../nbs/baselines/02_structures.ipynb #b829e912
 @contextmanager
 def _observing(model: nn.Module, units: Sequence[Unit], flows: Sequence[Flow]) -> Iterator[None]:
     "While open, every forward pass adds to the sums of each unit."

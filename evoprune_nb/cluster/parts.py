@@ -131,7 +131,7 @@ def load_dense(parts: Parts, get: Callable[[object], bytes]) -> nn.Module:
     check_parts(identity(model), parts.expected)
     return model
 
-
+# %% ../../nbs/cluster/01_parts.ipynb #6773ad66
 def load_inputs(parts: Parts, get: Callable[[object], bytes]) -> SearchInputs:
     "Model, level database and text, checked."
     model = load_dense(parts, get)

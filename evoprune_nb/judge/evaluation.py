@@ -246,7 +246,7 @@ def _for_harness(model: nn.Module, tokenizer, batch_size: int):
 
     return HarnessModel(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
-
+# %% ../../nbs/judge/02_evaluation.ipynb #0e7d97e3
 @_keeping_random_state()
 def zero_shot(
     model: nn.Module,  # a causal LM: dense, candidate or reloaded

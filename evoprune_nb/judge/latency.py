@@ -73,7 +73,7 @@ def _check_counts(**counts: tuple[int, int]) -> None:
     for name, (value, least) in counts.items():
         check_whole(name, value, least)
 
-
+# %% ../../nbs/judge/00_latency.ipynb #90e44fe5
 def time_each(
     actions: dict[str, Callable[[], object]],  # what to time, by name
     device: torch.device | str = "cpu",  # where they work
@@ -216,7 +216,7 @@ def compare_latency(
     return {name: Latency(*both, *shared, dtype_of(name), torch.get_num_threads())
             for name, both in times.items()}
 
-
+# %% ../../nbs/judge/00_latency.ipynb #31fce863
 def measure_latency(
     model: nn.Module,  # a causal LM: dense, candidate or reloaded
     **conditions,  # batch_size, prompt_tokens, new_tokens, warmup, repeats, progress: see `compare_latency`
@@ -277,7 +277,7 @@ class PeakMemory:
     host: int  # bytes of main memory, to the end
     device: int | None  # bytes of device memory (CUDA only)
 
-
+# %% ../../nbs/judge/00_latency.ipynb #6961b2d5
 def peak_memory(
     source: str | Path,  # what the loader takes: an embedded name, a directory, a hub id
     batch_size: int = 1,  # sequences at a time

@@ -96,7 +96,7 @@ def _repeated(actions: list[Callable[[], object]], device: torch.device) -> tupl
     rounds = max(1, math.ceil(_LEAST_SECONDS / _seconds(once, device)))
     return lambda: [once() for _ in range(rounds)], rounds * len(actions)
 
-
+# %% ../../nbs/judge/01_unit_latency.ipynb #444c33e8
 @torch.no_grad()
 def _timed(actions: dict[str, list[Callable]], device: torch.device, warmup: int, repeats: int) -> dict:
     "Per name: median and quartiles of the seconds of one call."

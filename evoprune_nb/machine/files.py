@@ -64,7 +64,7 @@ def naming_file(path: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
-
+# %% ../../nbs/machine/00_files.ipynb #46dfeab7
 SCRATCH = ".{name}.{writer}.tmp"  # name of the scratch file of a file
 
 

@@ -106,7 +106,7 @@ def _set_type(axes) -> None:
         spine.set_linewidth(0.6)
         spine.set_visible(bool(axes.images) or side in ("left", "bottom"))
 
-
+# %% ../../nbs/paper/00_drawing.ipynb #87051384
 def paint(
     figure: Figure,  # drawn
     theme: str,  # a name in THEMES

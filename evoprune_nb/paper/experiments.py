@@ -293,7 +293,7 @@ def run_key(
     digest = hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
     return {"notebook": Path(notebook).name, "cells": digest, "parameters": values}
 
-
+# %% ../../nbs/paper/05_experiments.ipynb #dbf4cf95
 def is_finished(
     directory: Path,  # of a report
     key: dict,  # see `run_key`

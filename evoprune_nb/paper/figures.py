@@ -120,7 +120,7 @@ def _draw_waiting(axes, history: History, last: pd.DataFrame, theme: Theme) -> N
             part.generation + 1, part.y, s=30, facecolors="none", edgecolors=theme.ink, marker="o",
             label="still in")
 
-
+# %% ../../nbs/paper/01_figures.ipynb #31b1ce30
 def _mark_disqualified(axes, generations: Sequence[int]) -> None:
     "A word at the top of each generation that lost a candidate to a broken evaluation; if many, a mark."
     if len(generations) > MANY:
@@ -196,7 +196,7 @@ def _draw_references(axes, references: References, ink: str) -> None:
         if not far:
             axes.axhline(value, zorder=1, **looks)
 
-
+# %% ../../nbs/paper/01_figures.ipynb #eb27e71b
 def _draw_heldout(axes, history: History, references: References, theme: Theme) -> None:
     "Held-out perplexity of the survivors, with a band of one standard error over blocks."
     frame = history.survivors.dropna(subset=["heldout_loss"])
@@ -216,7 +216,7 @@ def _draw_heldout(axes, history: History, references: References, theme: Theme) 
     axes.set_title(f"Held-out perplexity, {history.config.heldout_tokens:,} tokens{text}")
     axes.set_ylabel("perplexity")
 
-
+# %% ../../nbs/paper/01_figures.ipynb #290589d6
 def _draw_change(axes, history: History, theme: Theme) -> None:
     "How far the survivors' fitness has come since the start."
     start = pd.DataFrame({"branch": [history.branch], "generation": [-1], "change": [0.0]})
@@ -252,7 +252,7 @@ def _seen(rows: pd.DataFrame, cells: tuple[int, int] = (160, 30)) -> pd.DataFram
     places = pd.DataFrame({"x": bins(rows.generation, cells[0]), "y": bins(rows.difference, cells[1])})
     return rows[~places.duplicated()]
 
-
+# %% ../../nbs/paper/01_figures.ipynb #33ba5c34
 def _draw_marks(axes, rows: pd.DataFrame, edge: float, label: str | None, **style) -> None:
     "Marks at their difference; at the edge for those beyond it."
     inside, beyond = (_seen(rows[which]) for which in (rows.difference <= edge, rows.difference > edge))
@@ -274,7 +274,7 @@ def _stage_kinds(rows: pd.DataFrame, theme: Theme) -> list[tuple[str, pd.Series,
         ("still in", ~fell & ~on & ~rows.is_parent, hollow | {"edgecolors": theme.ink, "marker": "s"}),
         ("won the generation", rows.won, {"color": BLUE, "marker": "o", "s": 22, "zorder": 3})]
 
-
+# %% ../../nbs/paper/01_figures.ipynb #bfd962e5
 def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: Theme) -> None:
     "One stage: differences on the same tokens, generation by generation."
     axes.axhline(0, color=theme.muted, linewidth=0.8, zorder=1)
@@ -330,7 +330,7 @@ def _relative_panels(figure: Figure, history: History, references: References, t
     figure.supylabel(f"fitness ({name}): lower is better", fontsize=8, color=theme.ink)
     return list(panels)
 
-
+# %% ../../nbs/paper/01_figures.ipynb #e3153f0b
 def _raw_panels(figure: Figure, history: History, references: References, log: bool, theme: Theme) -> list:
     "Fitness as scored; held-out perplexity below."
     tracked = int(history.survivors.heldout_loss.notna().any())
@@ -409,7 +409,7 @@ def _frame_cell(axes, row: int, column: int, more: bool) -> None:
         [column + 0.3], [row - 0.3], marker="^" if more else "v", s=34, color="white", edgecolors=VERMILLION,
         linewidths=1.2, zorder=4)
 
-
+# %% ../../nbs/paper/01_figures.ipynb #237b6dac
 def _draw_genome(axes, genome: Genome, space: Space, before: np.ndarray | None, title: str, theme: Theme):
     "Two rows of cells, framed where they differ from the shares `before`; returns the image and the shares."
     share, kept = _kept_table(genome, space)
@@ -439,7 +439,7 @@ def _changes(share: np.ndarray, before: np.ndarray) -> str:
     n = int(np.sum(share[~np.isnan(share)] != before[~np.isnan(share)]))
     return "the same" if not n else f"{n} units changed" if n > 1 else "1 unit changed"
 
-
+# %% ../../nbs/paper/01_figures.ipynb #fb0dc971
 def genome_figure(
     genome: Genome,  # to show
     space: Space,  # what its levels mean
@@ -471,7 +471,7 @@ def _removed(genome: Genome, space: Space, kind: str) -> list[tuple[int, float]]
         for unit, params, level in units
         if unit.kind == kind]
 
-
+# %% ../../nbs/paper/01_figures.ipynb #39e1b065
 def sparsity_figure(
     genome: Genome,  # to show
     space: Space,  # what its levels cost
@@ -778,7 +778,7 @@ def _level_table(losses, genome: Genome, space: Space, kind: str) -> tuple[np.nd
             cells.append((unit.layer, level, words + (", as now" if level == genome.levels[i] else "")))
     return table, near, cells
 
-
+# %% ../../nbs/paper/01_figures.ipynb #ff9bacd5
 def level_map_figure(
     losses: Sequence[Sequence[float]],  # per unit and level: expected change of the loss, in nats
     genome: Genome,  # from which it changes; its levels are framed

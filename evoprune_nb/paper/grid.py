@@ -158,7 +158,7 @@ def _show(bar: tqdm, cells: Cells, keys: list[dict]) -> None:
     bar.n = len(done)
     bar.set_postfix_str(work_left(done, len(keys) - len(done)))
 
-
+# %% ../../nbs/paper/07_grid.ipynb #c48a02c0
 def compute_all(
     cells: Cells,  # where they lie
     keys: list[dict],  # of the cells, see `grid`

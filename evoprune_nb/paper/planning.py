@@ -78,7 +78,7 @@ def matmul_rate(
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / time_each({"": lambda: a @ b}, device, warmup=2, repeats=5)[""].median
 
-
+# %% ../../nbs/paper/02_planning.ipynb #17006c82
 def this_device(
     dtype: str | torch.dtype = "bfloat16",  # of the model
     device: str = "cpu",  # a torch device of this machine, or "auto"
@@ -148,7 +148,7 @@ class Phase:
     flops: float  # floating-point operations of matrix products
     seconds: float | None  # at the device's rates; None without a device
 
-
+# %% ../../nbs/paper/02_planning.ipynb #1203004c
 @dataclass(frozen=True)
 class Plan:
     "What a job takes."
@@ -240,7 +240,7 @@ def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float]:
     memory = space.dense_params * itemsize + levels + most * state + waiting * config.warm_start * tuned
     return memory + shared + at_work, sum(tokens.values()) + targets, flops
 
-
+# %% ../../nbs/paper/02_planning.ipynb #68e1dc86
 def _search(job: _Job, config: SearchConfig) -> Phase:
     "The generations. With method elastic, the elastic model is held beside the dense one."
     rules, n = ActiveConfig.of(config), config.generations

@@ -38,7 +38,7 @@ def read_report(
         "figures": sorted(path.stem for path in (directory / "figures").glob("*.png")),
         "files": list(filter(has, ("report.html", "notebook.ipynb", "failed.ipynb", "results.json")))}
 
-
+# %% ../../nbs/paper/09_shelf.ipynb #22674108
 def find_reports(
     reports: str | Path,  # directory of reports
 ) -> list[dict]:
@@ -95,7 +95,7 @@ def _page_of(path: Path, title: str, links: str, count: str, body: str) -> Path:
     head = f'<h1>{title}</h1><p>{links}</p>{field}<span id="shown" class="quiet">{count}</span></p>'
     return write_page(path, title, head + body, _FILTER)
 
-
+# %% ../../nbs/paper/09_shelf.ipynb #3dd7623c
 def write_index(
     reports: str | Path = "reports",  # directory of reports
 ) -> Path:

@@ -39,7 +39,7 @@ def as_text(
         found[name] = ["" if pd.isna(value) else form.format(value) for value in frame[name]]
     return found
 
-
+# %% ../../nbs/paper/03_tables.ipynb #46215e37
 def percent(
     share: float,  # 0.5
     digits: int = 0,  # after the point
@@ -62,7 +62,7 @@ def markdown_table(
     rule = ["---:" if is_number(text[name]) else "---" for name in text]
     return "\n".join([line(text), line(rule), *map(line, text.values)]) + "\n"
 
-
+# %% ../../nbs/paper/03_tables.ipynb #fd930e5d
 _LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "~": r"\textasciitilde{}",
           "^": r"\textasciicircum{}", "→": r"$\to$"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -118,7 +118,7 @@ class Comparison:
         "−1: ours is better; 1: the other is; 0: that cannot be told."
         return 0 if abs(self.mean) <= self.bound else int(math.copysign(1, self.mean))
 
-
+# %% ../../nbs/paper/03_tables.ipynb #f5a10578
 def compare(
     ours: Sequence[float],  # log-perplexities, e.g. of blocks or of seeds
     other: Sequence[float],  # of the same blocks or seeds, in the same order
@@ -148,7 +148,7 @@ def verdict(
     better, worse = (ours, other) if found.winner < 0 else (other, ours)
     return f"{better} beats {worse} by {_percent(-abs(found.mean))} of perplexity"
 
-
+# %% ../../nbs/paper/03_tables.ipynb #dc3ac2f9
 def sentence(
     ours: str,  # name
     other: str,  # name

@@ -105,7 +105,7 @@ def eval_results(scores: Mapping[str, float | str]) -> list[EvalResult]:
             if name.count(" ") == 1 and "," not in name and not isinstance(value, str)]
     return [EvalResult("text-generation", dataset, dataset, metric, value) for dataset, metric, value in rows]
 
-
+# %% ../../nbs/ship/01_cards.ipynb #5d257600
 _TAGS = ["evoprune", "pruned", "structured-pruning", "arxiv:2502.07780"]
 _RELATIONS = {"hf": "finetune", "padded": "finetune", "gguf": "quantized"}  # hubs know no "pruned"
 
@@ -240,7 +240,7 @@ def copy_extras(directory: Path, card: Card) -> None:
     elif card.figure is not None:
         card.figure.savefig(directory / "genome.png", dpi=130, metadata={"Software": None})
 
-
+# %% ../../nbs/ship/01_cards.ipynb #c48cbcd7
 def _card_row(path: Path) -> dict:
     "What a `card.json` says. Raises `ValueError` when it is no card."
     row, empty = read_json(path), Card()

@@ -116,7 +116,7 @@ def _save_weights(model: nn.Module, directory: Path, max_shard_size: str | int) 
     finally:
         model.config = config
 
-
+# %% ../../nbs/ship/02_export.ipynb #829aff65
 def export_hf(
     model: nn.Module,  # from `materialize`, trained or not; or a reloaded export
     tokenizer,  # the model's tokenizer

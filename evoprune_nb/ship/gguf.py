@@ -202,7 +202,7 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer, n_vocab: int, load_m
         "bos": ids[:1] == [tokenizer.bos_token_id], "eos": ids[-1:] == [tokenizer.eos_token_id]}
     special.add_to_gguf(writer, quiet=True)
 
-
+# %% ../../nbs/ship/04_gguf.ipynb #ce117944
 def add_tokenizer(
     writer: gguf.GGUFWriter,  # of the file
     tokenizer,  # a fast BPE tokenizer; None: the file works on token ids only
@@ -282,7 +282,7 @@ def check_blocks_fit(model: nn.Module, kind: gguf.GGMLQuantizationType) -> None:
             "build the level database with a grid of such widths, e.g. "
             f"grid={{'mlp': range(0, width + 1, {block})}}")
 
-
+# %% ../../nbs/ship/04_gguf.ipynb #f241a491
 def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_type: int) -> None:
     "Write name, licence and shapes."
     rows, config, size = deci_layers(model), model.config, _head_size(model)
@@ -304,7 +304,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: nn.Module, card: Card, file_ty
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
-
+# %% ../../nbs/ship/04_gguf.ipynb #3f4124c2
 def _add_tensors(writer: gguf.GGUFWriter, model: nn.Module, kind: gguf.GGMLQuantizationType) -> int:
     "Hand the tensors to the writer, norms and biases in float32; returns how many numbers there are."
     written = 0

@@ -126,7 +126,7 @@ def _padded_state(model: nn.Module, stock: nn.Module, shape: StockShape) -> dict
         _put_layer(state, f"{path}.{new}", layers[old], shape)
     return state
 
-
+# %% ../../nbs/ship/03_padded.ipynb #6007d4dc
 _LISTS_BY_LAYER = ("layer_types", "no_rope_layers")  # configuration entries with a value per layer
 
 

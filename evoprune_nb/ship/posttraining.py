@@ -150,7 +150,7 @@ def _copy_rest(source: Path, directory: Path) -> None:
         if not _OBSOLETE.fullmatch(path.name):
             shutil.copyfile(path, directory / path.name)
 
-
+# %% ../../nbs/ship/07_posttraining.ipynb #68f071bd
 def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -> None:
     "The card of `source`, with what was done; its scores are from before."
     teacher, weight = record["teacher"], record["settings"]["distillation"]
@@ -167,7 +167,7 @@ def _write_card(source: Path, directory: Path, model: nn.Module, record: dict) -
     text = (source / "README.md").read_text(encoding="utf-8") if "README.md" in names else ""
     write_text(directory / "README.md", f"{text.rstrip()}\n\n## Post-training\n\n{as_text(done)}.\n".lstrip())
 
-
+# %% ../../nbs/ship/07_posttraining.ipynb #eb7d2f71
 def _write_result(source: Path, trained: Path, out: Path, record: dict) -> None:
     "Write the directory `source` anew with the weights of `trained`, and with what was done."
     _copy_rest(source, trained)

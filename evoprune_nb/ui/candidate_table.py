@@ -28,7 +28,7 @@ def _left(history: History, branch: int) -> int:
     first = min(generation for b, generation in places if b == branch)
     return next((b for b in range(branch - 1, -1, -1) if (b, first - 1) in places), 0)
 
-
+# %% ../../nbs/ui/08_candidate_table.ipynb #d6d240ed
 def ancestors(
     history: History,  # of a run
     generation: int,  # of the candidate, from 0

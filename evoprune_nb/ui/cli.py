@@ -132,7 +132,7 @@ def _words(key: dict) -> str:
     "A place in the grid as part of a name."
     return "-".join(name + re.sub(r"[^\w.]+", "_", str(value)).strip("_") for name, value in key.items())
 
-
+# %% ../../nbs/ui/21_cli.ipynb #a03c7a49
 def planned_runs(
     options: argparse.Namespace,  # of `evoprune run`
 ) -> list[tuple[str, dict, str]]:
@@ -154,7 +154,7 @@ def planned_runs(
         check_values(notebook, check_parameters(notebook, values))
     return runs
 
-
+# %% ../../nbs/ui/21_cli.ipynb #8c88d1ae
 def _places(run_dir: str, key: dict, known: dict) -> dict[str, str]:
     "A run directory for each place in the grid, and one level database for all seeds."
     rest = {name: value for name, value in key.items() if name != "seed"}
@@ -178,7 +178,7 @@ def _failure(error: Exception) -> str:
         return f"{error.ename}: {error.evalue} (cell {error.exec_count})"
     return f"{type(error).__name__}: {error}"
 
-
+# %% ../../nbs/ui/21_cli.ipynb #66f1beb4
 def _run(options: argparse.Namespace) -> int:
     "Run the notebooks; a failed one is kept with its error, and the others go on."
     from nbclient.exceptions import DeadKernelError
@@ -230,7 +230,7 @@ def _where(name: str) -> str:
     there = any(not path.name.endswith(".sha256") for path in found)
     return f"in {cache_dir()}" if there else "not fetched yet"
 
-
+# %% ../../nbs/ui/21_cli.ipynb #48b9ff1d
 def _fetch(options: argparse.Namespace) -> None:
     "Download each, unless it is there."
     everything = EMBEDDED_MODELS | EMBEDDED_TEXT
@@ -358,7 +358,7 @@ def _check_eval(options: argparse.Namespace) -> None:
         if Path(options.out).is_dir():
             raise ValueError(f"--out {options.out} is a directory; name a file in it")
 
-
+# %% ../../nbs/ui/21_cli.ipynb #67daa649
 def _measure(options: argparse.Namespace, scratch: str) -> tuple[nn.Module, dict, dict]:
     "The model, what was measured of it, and under which conditions."
     _check_eval(options)

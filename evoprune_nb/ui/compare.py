@@ -217,7 +217,7 @@ def _draw_group(axes, place: int, found: pd.DataFrame, value: str, ink: str) -> 
         axes.annotate(f"{mean:.4g} ± {error:.2g}", (place + 0.25, mean), (8, 0), textcoords="offset points",
                       va="center", fontsize=8, color=ink)
 
-
+# %% ../../nbs/ui/07_compare.ipynb #169b1fe3
 def seeds_figure(
     runs: Runs,  # to compare
     value: str | None = None,  # a name in VALUES; None: the one that says most

@@ -386,7 +386,7 @@ def kept_units(editor: GenomeEditor) -> list[int]:
     rows = zip(editor.space.units, editor.draft.levels, editor.parent.levels)
     return [i for i, (unit, mine, theirs) in enumerate(rows) if mine != theirs or unit.name in editor.frozen]
 
-
+# %% ../../nbs/ui/02_controls.ipynb #5f3e4a44
 def show_editor(editor: GenomeEditor) -> None:
     "Show the draft; only widgets whose content changes send anything."
     space, draft, parent, chosen = editor.space, editor.draft, editor.parent, editor.selected

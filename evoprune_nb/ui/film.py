@@ -73,7 +73,7 @@ def _picture(figure: Figure, dpi: int) -> Image.Image:
     figure.savefig(buffer, format="png", dpi=dpi)
     return Image.open(buffer).convert("RGB")
 
-
+# %% ../../nbs/ui/13_film.ipynb #fe9cec9a
 def write_film(
     history: History,  # of a run
     path: str | Path,  # ending in .gif

@@ -84,7 +84,7 @@ def _moved(history: History) -> np.ndarray:
     differs = [np.not_equal(*pair) for pair in levels] or [np.zeros(len(history.space.units))]
     return np.sum(differs, axis=0).astype(int)
 
-
+# %% ../../nbs/ui/10_importance.ipynb #b67017b1
 def importance_frame(
     history: History,  # of a run
 ) -> pd.DataFrame:
@@ -119,7 +119,7 @@ def _draw_levels(axes, table: pd.DataFrame, space: Space, center: Genome, most: 
     axes.set(ylabel="level", title="attention" if table.kind.iloc[0] == "attn" else "MLP")
     return image
 
-
+# %% ../../nbs/ui/10_importance.ipynb #160a1264
 def importance_figure(
     history: History,  # of a run
     theme: str = "light",  # a name in THEMES

@@ -231,7 +231,7 @@ def perplexity_html(found: Quality | None) -> str:
     spread = f"<small>± {value * found[1]:.2g}</small>" if found[1] is not None else ""
     return f"<b>{value:.4g}</b>{spread}"
 
-
+# %% ../../nbs/ui/01_panel.ipynb #5df2727c
 def quality_html(
     known: dict[str, Quality],  # genome code → what was measured
     codes: dict[str, str],  # dense, uniform and a third model → genome code

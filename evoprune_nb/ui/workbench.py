@@ -143,7 +143,7 @@ def send_alone(bench: "Workbench", command: dict, say: Say) -> None:
     when_ready(bench, lambda: bench.mailbox.send(command, bench.history, say))
     bench.watch.wake()
 
-
+# %% ../../nbs/ui/18_workbench.ipynb #2a4b814a
 def send_by_hand(bench: "Workbench", command: dict) -> None:
     "Send what a button of the run says, and answer beside it."
     note = command["command"] == "note"
@@ -195,7 +195,7 @@ def branch(bench: "Workbench", generation: int) -> None:
     send_or_drive(bench, {"command": "branch", "generation": generation}, bench.moment.say)
     bench.moment.live.value = True
 
-
+# %% ../../nbs/ui/18_workbench.ipynb #6544c3af
 def branch_inherits(history: History, then: History) -> str:
     "What a branch from an earlier moment begins with, in words."
     now, before = settings_of(history.rules), settings_of(then.rules)
@@ -296,7 +296,7 @@ def measure(bench: "Workbench", codes: Collection[str], say: Say) -> None:
     say("measuring …")
     bench.driver.background.submit(work, lambda error: say(error_html(error, "Not measured:")))
 
-
+# %% ../../nbs/ui/18_workbench.ipynb #62bc808b
 def time_units(bench: "Workbench") -> None:
     "Measure the latency of all units, in the background; while the search rests, for it would disturb."
     say = bench.candidate.say
@@ -466,7 +466,7 @@ def make_tabs(bench: "Workbench", genome: widgets.Box) -> dict[str, widgets.Widg
                        half("Budget and data", views["tokens"], views["budget"])),
         **bench.explorer.tabs()}
 
-
+# %% ../../nbs/ui/18_workbench.ipynb #e2c844a5
 def make_page(bench: "Workbench") -> tuple[widgets.Box, widgets.VBox]:
     "The genome's card, and the whole page."
     run, candidate = bench.run, bench.candidate
