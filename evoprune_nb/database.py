@@ -471,7 +471,7 @@ def calibrate(
     plan: CalibrationPlan,  # from `plan_calibration`
     progress: bool = True,  # show bars
 ) -> Iterator[tuple[Unit, torch.Tensor]]:
-    "Units with their Hessians, group by group; a Hessian is let go of when the next is asked for."
+    "Units with their Hessians, group by group; a Hessian is freed when the next is taken."
     stored = deque([None] * len(blocks.split(batch_size))) if plan.offload else None
     first = 0
     for group in plan.groups:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORING_BATCH', 'SHARED_CHUNKS', 'ScoringText', 'draw_scoring_text', 'score', 'score_blocks', 'fitness_of',
-           'ScoringTexts', 'check_fitness', 'CandidateEvaluator', 'Evaluator', 'most_common', 'first_own_layer',
-           'start_from_reference', 'SharedHead']
+           'ScoringTexts', 'check_fitness', 'StageParts', 'CandidateEvaluator', 'Evaluator', 'most_common',
+           'first_own_layer', 'start_from_reference', 'SharedHead']
 
 # %% ../nbs/18_evaluator.ipynb #52f9aa02
 import math
@@ -179,8 +179,8 @@ def check_fitness(
             "such models cannot be scored here yet")
 
 # %% ../nbs/18_evaluator.ipynb #b8778986
-class CandidateEvaluator:
-    "Tunes and scores one candidate at a time."
+class StageParts:
+    "What the candidates of a stage share: the tuner, the text, a reference."
 
     def __init__(
         self,
@@ -207,16 +207,20 @@ class CandidateEvaluator:
         self.tuner = Tuner(model, database, pools, self.stages, training, seed, warm_start)
         self.scoring_text = ScoringTexts(
             model, pools, self.stages, seed, fitness != "perplexity", batch_size, shared=n_jobs > 1)
-        self._place = {"host": socket.gethostname(), "device": device_name(model.device)}
+        self.machine = {"host": socket.gethostname(), "device": device_name(model.device)}
 
     def shared(self, candidates: Sequence[Genome], generation: int, stage: int) -> ScoringText:
-        "What all candidates of a stage have in common: the text, and the hidden states of a reference."
+        "The text that all candidates of a stage are scored on, with the hidden states of a reference."
         text = self.scoring_text(generation, stage)
         if self.elastic:
             self.tuner.model, self.tuner.database = self.elastic().model, self.elastic().database
         if len(candidates) > 1 and not self.stages[stage].tuning_tokens:
             start_from_reference(text, self.tuner.model, self.tuner.database, most_common(candidates))
         return text
+
+# %% ../nbs/18_evaluator.ipynb #50328cd7
+class CandidateEvaluator(StageParts):
+    "Tunes and scores one candidate at a time."
 
     def evaluate(
         self, generation: int, stage: int, text: ScoringText, genome: Genome,
@@ -239,7 +243,7 @@ class CandidateEvaluator:
         seconds = time.perf_counter() - start
         return Evaluation(
             generation, stage, genome.code, tuned.fitness, loss, tuned.tokens, scored, seconds, why, blocks,
-            **self._place)
+            **self.machine)
 
 # %% ../nbs/18_evaluator.ipynb #5df05f39
 class Evaluator(CandidateEvaluator):
@@ -333,6 +337,6 @@ class SharedHead:
                 logits.set_result(self._head(hidden))
             except BaseException as error:
                 with self._lock:
-                    self._latest.pop(key, None)  # whoever asks later tries again
+                    self._latest.pop(key, None)  # a later request tries again
                 logits.set_exception(error)
         return logits.result()

@@ -170,7 +170,7 @@ class RunStatus(RunReader):
 
     @property
     def rules(self) -> ActiveConfig:
-        "The settings as steering has left them: the next generation goes by them."
+        "The settings as steering has left them, in force from the next generation."
         return self.position.rules
 
     @property

@@ -34,14 +34,14 @@ def _at_price(tables: Sequence[np.ndarray], price: float) -> list[int]:
     return [int(np.lexsort((score, cost, score + price * cost))[0]) for score, cost in tables]
 
 
-def _spent(tables: Sequence[np.ndarray], levels: Sequence[int]) -> float:
+def _cost_of(tables: Sequence[np.ndarray], levels: Sequence[int]) -> float:
     "Cost of a choice of levels."
     return sum(float(cost[level]) for (_, cost), level in zip(tables, levels))
 
 # %% ../nbs/05_knapsack.ipynb #b8248c86
 def _least_price(tables: Sequence[np.ndarray], limit: float, steps: int = 60) -> float:
     "About the lowest price, at least 0, at which the choice keeps the limit."
-    fits = lambda price: _spent(tables, _at_price(tables, price)) <= limit
+    fits = lambda price: _cost_of(tables, _at_price(tables, price)) <= limit
     low, high = 0.0, 1e-12
     if fits(low):
         return low
@@ -120,7 +120,7 @@ def knapsack(
         raise ValueError(f"no choice of levels is within the limit {limit:,}: the least costs {sum(least):,}")
     price = _least_price(tables, limit)
     levels = _at_price(tables, price)
-    gap = price * (limit - _spent(tables, levels))
+    gap = price * (limit - _cost_of(tables, levels))
     if gap <= 0:
         return levels
     total = lambda levels: sum(score[level] for (score, _), level in zip(tables, levels))

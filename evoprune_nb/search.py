@@ -8,7 +8,7 @@ __all__ = ['SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints',
            'position_after', 'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations',
            'SharedWeights', 'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
            'end_generation', 'selection', 'observations', 'generation_steps', 'search_steps', 'Stepper', 'drive_steps',
-           'leave', 'SearchBar', 'SearchView', 'held', 'Search', 'check_search']
+           'leave', 'SearchBar', 'SearchView', 'held', 'first_evaluations', 'Search', 'check_search']
 
 # %% ../nbs/23_search.ipynb #3f6c4a56
 import math
@@ -139,7 +139,7 @@ def mutants(
     parent: Genome,  # of the generation
     position: SearchState,  # rules, branch, generation
 ) -> list[Genome]:
-    "The offspring of a parent at a position: the same whenever it is asked for."
+    "The offspring of a parent at a position; always the same ones."
     rules, space = position.rules.at(position.generation), inputs.space
     rng = random.Random(derive_seed(inputs.seed(position.branch), position.generation, "mutation"))
     budget, frozen = plan_budget(space, rules.target)[0], rules.frozen_units(space)
@@ -327,7 +327,7 @@ class RunLog:
         return self._log is None or self._log.changed()
 
     def present(self) -> SearchState:
-        "Where the log ends now, whoever writes it."
+        "Where the log ends now, also when another process writes it."
         return position_after(self.origin, read_events(self.path)[0]) if self.is_stale() else self.end
 
     def rewind(self) -> None:
@@ -407,7 +407,7 @@ class CommandQueue:
 
     @contextmanager
     def _held(self, n_logged: Callable[[], int]) -> Iterator[list[dict]]:
-        "What waits, while nobody else reads or writes it; a killed process may have left what is in the log."
+        "The waiting commands that are not in the log yet, while no other process reads or writes the file."
         with self._changed, FileLock(self.path.with_suffix(".lock")):
             rows = read_json(self.path)["commands"] if self.waiting else []
             yield [row for row in rows if row["n"] >= n_logged()]
@@ -449,7 +449,7 @@ class CommandQueue:
         "Wait for a command."
         with self._changed:
             while not self.waiting:
-                self._changed.wait(0.2)  # another process tells nobody
+                self._changed.wait(0.2)  # another process cannot notify this one
 
 # %% ../nbs/23_search.ipynb #d4f61204
 class Evaluations:
@@ -771,7 +771,7 @@ def drive_steps(
 
 # %% ../nbs/23_search.ipynb #fce53a47
 def leave(engine: Engine) -> None:
-    "End evaluations under way, and tell onlookers that nobody works on the search."
+    "End evaluations under way, and set the status: no process works on the search."
     engine.evaluations.close()
     if engine.board.status in ("running", "paused"):
         with suppress(OSError):  # the disk may be full
@@ -827,7 +827,7 @@ class SearchView:
 
     @property
     def rules(self) -> ActiveConfig:
-        "The settings as steering has left them; the next generation goes by them."
+        "The settings as steering has left them, in force from the next generation."
         return self.position.rules
 
     @property
@@ -861,6 +861,20 @@ def held(
         lock.__exit__(None, None, None)
 
 # %% ../nbs/23_search.ipynb #bf45de05
+def first_evaluations(
+    inputs: SearchInputs,  # of the search
+    weights: SharedWeights,  # of method "elastic"
+    evaluator: Callable[[ActiveConfig, int], StageEvaluator] | None,  # made from (rules, seed); None: here
+    heldout: Callable[[Genome], tuple[float, float | None]] | None,  # None: here
+) -> Evaluations:
+    "The evaluations of a search. Raises `ValueError` if its first generation cannot be proposed or scored."
+    make = evaluator or candidate_evaluator(inputs, weights)
+    evaluations = Evaluations(make, inputs, heldout or partial(heldout_loss, inputs))
+    evaluations.prepare(inputs.origin.rules, 0)
+    propose(inputs, inputs.origin)
+    return evaluations
+
+# %% ../nbs/23_search.ipynb #eec605f7
 class Search(SearchView):
     "A training-aware evolutionary search, bound to a run directory."
 
@@ -880,13 +894,11 @@ class Search(SearchView):
         self.inputs = SearchInputs(model, database, pools, config)
         check_inputs(self.inputs)
         weights = SharedWeights(self.inputs, self.run_dir / "elastic.safetensors")
-        origin, make = self.inputs.origin, evaluator or candidate_evaluator(self.inputs, weights)
-        evaluations = Evaluations(make, self.inputs, heldout or partial(heldout_loss, self.inputs))
-        evaluations.prepare(origin.rules, 0)
-        propose(self.inputs, origin)  # raises if the mutation cannot keep the budget
+        evaluations = first_evaluations(self.inputs, weights, evaluator, heldout)
         open_run(self.run_dir, self.inputs, source)
         self.lock = DirectoryLock(self.run_dir, "attach to it to watch, or stop it there first")
-        self.log, self.board = RunLog(self.run_dir / "events.jsonl", origin), StatusBoard(self.run_dir)
+        self.log = RunLog(self.run_dir / "events.jsonl", self.inputs.origin)
+        self.board = StatusBoard(self.run_dir)
         self.engine = Engine(self.inputs, self.log, evaluations, self.board, weights)
         self.queue = CommandQueue(self.inputs, self.run_dir)
         self.stepper = Stepper(self.engine, self.queue)

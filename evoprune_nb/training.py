@@ -103,7 +103,7 @@ class MasterOptimizer:
         self.optimizers = [kind(self.portions[s], **options) for s in self.parts]
 
     def _gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        "Gradient and weights of each portion; a parameter's gradient is let go of with its last one."
+        "Gradient and weights of each portion; a parameter's gradient is freed with its last one."
         for parameter in self.parameters:
             gradient, parameter.grad = parameter.grad, None
             yield from zip(row_groups(gradient, self.part), row_groups(parameter, self.part))

@@ -180,7 +180,7 @@ class Arrivals:
         self.coming = [ask() for _ in range(n)]
         self.alone_since = time.monotonic()
 
-    def _welcome(self, worker: Worker) -> None:
+    def _take_in(self, worker: Worker) -> None:
         "A worker has loaded, or failed to: its error is ours, its death is not."
         self.coming.remove(worker)
         try:
@@ -198,7 +198,7 @@ class Arrivals:
     def update(self, most: int) -> None:
         "Welcome those who have loaded; ask for one more when all have been scheduled, up to `most`."
         for worker in [worker for worker in self.coming if worker.loaded.done()]:
-            self._welcome(worker)
+            self._take_in(worker)
         scheduled = [worker for worker in self.coming if worker.hello.done()]
         if len(scheduled) == len(self.coming) and len(self.there) + len(self.coming) < most:
             self.coming.append(self.ask())
@@ -273,7 +273,7 @@ def connect(
     ray = _ray()
     if ray.is_initialized():
         return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     quiet = dict(include_dashboard=False) if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet | options)

@@ -39,7 +39,7 @@ class DirectoryLock:
     def __init__(
         self,
         directory: str | Path,  # must exist
-        advice: str = "wait for it, or stop it there first",  # what whoever is refused can do
+        advice: str = "wait for it, or stop it there first",  # what the refused process can do
         wait: float = 0.5,  # seconds to wait for a holder who is about to leave
     ):
         self.directory, self.advice = Path(directory), advice

@@ -26,14 +26,14 @@ def widths(n_items: int, n_jobs: int) -> list[int]:
     return [n_jobs] * (n_items - left) + [left] * left
 
 # %% ../../nbs/machine/06_threads.ipynb #82d8209f
-def _serve(queue: SimpleQueue, work: Callable, check_cancelled: Callable[[], None], n_cores: int) -> None:
-    "Work on what comes in, in a thread, until None comes."
+def _run_tasks(queue: SimpleQueue, work: Callable, check_cancelled: Callable[[], None], n_cores: int) -> None:
+    "Work on the items of a queue, in a thread, until None comes."
     torch.set_num_threads(n_cores)
     for item, future in iter(queue.get, None):
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(work(item, check_cancelled))
-            except BaseException as error:  # for whoever waits for the result
+            except BaseException as error:  # for the thread that waits for the result
                 future.set_exception(error)
 
 # %% ../../nbs/machine/06_threads.ipynb #3f8a391e
@@ -47,7 +47,7 @@ def _in_threads(work: Callable, items: Sequence, n_threads: int) -> Generator:
             raise CancelledError
 
     task = (queue, work, check_cancelled, max(1, n_cores // n_threads))
-    how = dict(target=_serve, args=task, name="in order", daemon=True)
+    how = dict(target=_run_tasks, args=task, name="in order", daemon=True)
     threads = [threading.Thread(**how) for _ in range(n_threads)]
     begun: deque[Future] = deque()
     for thread in threads:

@@ -323,7 +323,7 @@ def _report_directory(notebook: str | Path, given: str, name: str, reports: str 
 
 # %% ../../nbs/paper/05_experiments.ipynb #92afb956
 @contextmanager
-def _one_region() -> Iterator[None]:
+def _one_allocator_arena() -> Iterator[None]:
     "Kernels started meanwhile share freed memory between their threads (see `machine.allocator`)."
     given = "MALLOC_ARENA_MAX" in os.environ
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
@@ -334,7 +334,7 @@ def _one_region() -> Iterator[None]:
             del os.environ["MALLOC_ARENA_MAX"]
 
 # %% ../../nbs/paper/05_experiments.ipynb #7a9e1a63
-def _tidy(running: Path, path: Path) -> None:
+def _save_without_progress(running: Path, path: Path) -> None:
     "An executed notebook in its place, without progress bars."
     import nbformat
 
@@ -347,7 +347,7 @@ def _tidy(running: Path, path: Path) -> None:
 def _keep_failed(directory: Path, running: Path, key: dict, error: Exception) -> None:
     "The notebook as far as it came, and its error in a file for the index."
     if running.exists():
-        _tidy(running, directory / "failed.ipynb")
+        _save_without_progress(running, directory / "failed.ipynb")
     name, words = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     write_json(directory / "failed.json", key | {"error": f"{name}: {words}", "failed": now})
@@ -358,12 +358,12 @@ def _execute(notebook: str | Path, running: Path, parameters: dict, quiet: bool)
     from papermill import execute_notebook
 
     streams = {} if quiet else {"stderr_file": sys.stderr, "stdout_file": sys.stdout}
-    with _one_region():
+    with _one_allocator_arena():
         execute_notebook(
             str(notebook), str(running), parameters, kernel_name="python3", progress_bar=False, **streams)
 
 # %% ../../nbs/paper/05_experiments.ipynb #3a15f4b9
-def _leads(directory: Path) -> bool:
+def _has_result_page(directory: Path) -> bool:
     "Whether the notebook wrote a page that leads with its result."
     results = directory / "results.json"
     return results.exists() and bool(json.loads(results.read_text()).get("title"))
@@ -397,9 +397,9 @@ def run_experiment(
     except KeyboardInterrupt:
         running.unlink(missing_ok=True)
         raise
-    _tidy(running, directory / "notebook.ipynb")
+    _save_without_progress(running, directory / "notebook.ipynb")
     made = page.exists() and page.stat().st_mtime >= start - 1
-    if not made or not _leads(directory):
+    if not made or not _has_result_page(directory):
         write_html(directory / "notebook.ipynb", page, directory.name)
     for old in ("failed.ipynb", "failed.json"):
         (directory / old).unlink(missing_ok=True)

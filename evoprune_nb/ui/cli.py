@@ -164,7 +164,7 @@ def _places(run_dir: str, key: dict, known: dict) -> dict[str, str]:
     return {name: place for name, place in places.items() if name in known}
 
 # %% ../../nbs/ui/21_cli.ipynb #ece9472b
-def _say(directory: Path) -> None:
+def _print_report(directory: Path) -> None:
     "The result, and where the report is."
     results = directory / "results.json"
     if results.exists():
@@ -193,7 +193,7 @@ def _run(options: argparse.Namespace) -> int:
         if len(runs) > 1:
             print(f"\n[{number} of {len(runs)}] {name or notebook}", flush=True)
         try:
-            _say(run_experiment(notebook, values, name, options.reports, again=options.again))
+            _print_report(run_experiment(notebook, values, name, options.reports, again=options.again))
         except (PapermillExecutionError, DeadKernelError) as error:
             failed.append(name or notebook)
             print(f"\nevoprune: {_failure(error)}\n(in {notebook}; the traceback is in the executed "
@@ -734,7 +734,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/ui/21_cli.ipynb #79ebaf76
 @contextmanager
-def _speaking(verbose: bool) -> Iterator[None]:
+def _logging_to_stderr(verbose: bool) -> Iterator[None]:
     "While open, what the package logs goes to the error stream, if it is to."
     log, shown = logging.getLogger("evoprune_nb"), logging.StreamHandler()
     shown.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
@@ -755,7 +755,7 @@ def main(
     "`evoprune`. Returns 0, 1 when notebooks failed, 2 for wrong use, 3 for a fault, 130 when interrupted."
     options = make_parser().parse_args(arguments)
     try:
-        with _speaking(options.verbose):
+        with _logging_to_stderr(options.verbose):
             return options.function(options) or 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"evoprune: {' '.join(str(error).split())}", file=sys.stderr)

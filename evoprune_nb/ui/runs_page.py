@@ -15,7 +15,6 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import pandas as pd
-from IPython.display import display
 
 from ..costs import MEASURES
 from ..genome import Genome
@@ -32,7 +31,7 @@ from .importance import importance_figure, importance_frame
 from .panel import STYLE, error_html, picture, table
 from .pareto import QUALITIES, pareto_figure
 from .runs import COLUMNS, RunFolder
-from .workbench import Watch, attach
+from .workbench import LivePage, Watch, attach
 
 # %% ../../nbs/ui/19_runs_page.ipynb #538e8a06
 def chooser(
@@ -226,7 +225,7 @@ def open_selected(page: "RunsPage") -> None:
         page.failure.value = error_html(traceback.format_exc(), "The run could not be opened:")
 
 # %% ../../nbs/ui/19_runs_page.ipynb #98498f5f
-class RunsPage:
+class RunsPage(LivePage):
     "A page over the runs under a folder."
 
     def __init__(
@@ -251,11 +250,9 @@ class RunsPage:
         self.widget = arrange(self)
         self.watch = Watch(self.widget, self.refresh, self._failed)
         self.refresh()
-        if refresh_seconds is not None:
-            self.watch.start(refresh_seconds)
+        self.watch.start(refresh_seconds)
 
-    def _ipython_display_(self) -> None:
-        display(self.widget)
+
 
     @property
     def chosen(self) -> dict[str, History]:
@@ -284,7 +281,7 @@ class RunsPage:
         self.watch.close()
         if self.opened is not None:
             self.opened.close()
-        self.widget.close()
+        super().close()
 
 # %% ../../nbs/ui/19_runs_page.ipynb #f58c7a65
 def open_runs(

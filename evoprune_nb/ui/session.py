@@ -41,7 +41,7 @@ from .worker import Worker, worker_of
 
 # %% ../../nbs/ui/03_session.ipynb #a2b3167c
 class Background:
-    "A daemon thread that works through tasks; an error goes to whoever asked."
+    "A daemon thread that works through tasks; each has its own handler of errors."
 
     def __init__(self):
         self._tasks: queue.Queue = queue.Queue()

@@ -68,7 +68,7 @@ class Tracker(Protocol):
         "Take values."
 
     def ring(self, title: str, text: str, failed: bool) -> None:
-        "Tell whoever listens, as far as the tracker can."
+        "Send a notification, where the tracker can."
 
     def close(self) -> None:
         "End."

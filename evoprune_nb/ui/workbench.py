@@ -7,8 +7,8 @@ __all__ = ['acknowledgement', 'Mailbox', 'Steering', 'when_ready', 'send_alone',
            'start', 'step', 'branch', 'branch_inherits', 'copy_to_draft', 'fit_draft', 'select_candidate',
            'toggle_unit', 'edit_unit', 'make_explorer', 'tab_in_sight', 'ask', 'measure_quality', 'measure',
            'time_units', 'make_candidate', 'read_history', 'show_head', 'show_failure', 'show_nothing', 'show_quality',
-           'show_candidate', 'show_run', 'fitness_switch', 'make_tabs', 'make_page', 'Watch', 'Workbench', 'open_run',
-           'attach']
+           'show_candidate', 'show_run', 'fitness_switch', 'make_tabs', 'make_page', 'Watch', 'LivePage', 'Workbench',
+           'open_run', 'attach']
 
 # %% ../../nbs/ui/18_workbench.ipynb #29926d2e
 import threading
@@ -168,7 +168,7 @@ def drive(bench: "Workbench", *commands: dict, say: Say | None = None) -> None:
 
 # %% ../../nbs/ui/18_workbench.ipynb #fa02fd9c
 def send_or_drive(bench: "Workbench", command: dict, say: Say) -> None:
-    "Send a command; with nobody to take it, begin with it."
+    "Send a command; when no worker drives the run, start one with it."
     say.clear()
     if bench.driver.driving:
         bench.mailbox.send(command, bench.history, say)
@@ -516,8 +516,22 @@ class Watch:
             self._news.clear()
             time.sleep(0.05)  # at most so many refreshes, however often it is woken
 
+# %% ../../nbs/ui/18_workbench.ipynb #ca21b84e
+class LivePage:
+    "A page of widgets that is redrawn while something happens."
+    widget: widgets.Widget  # all of it
+    watch: Watch  # redraws it
+
+    def _ipython_display_(self) -> None:
+        display(self.widget)
+
+    def close(self) -> None:
+        "Stop looking; what is watched goes on."
+        self.watch.close()
+        self.widget.close()
+
 # %% ../../nbs/ui/18_workbench.ipynb #a86807ec
-class Workbench:
+class Workbench(LivePage):
     "A panel over one run directory."
 
     def __init__(
@@ -542,9 +556,6 @@ class Workbench:
         self.watch = Watch(self.widget, self.refresh, partial(show_failure, self))
         self.refresh()
         self.watch.start(refresh_seconds)
-
-    def _ipython_display_(self) -> None:
-        display(self.widget)
 
     @property
     def worker(self) -> Worker | None:
@@ -573,11 +584,6 @@ class Workbench:
             self.history = read_history(self.run_dir, self.history)
             show_head(self)
             (show_nothing if self.history is None else show_run)(self)
-
-    def close(self) -> None:
-        "Stop looking; the search goes on."
-        self.watch.close()
-        self.widget.close()
 
 # %% ../../nbs/ui/18_workbench.ipynb #a6c0aa2c
 def open_run(
