@@ -419,7 +419,7 @@ def test_settings_of_an_earlier_version_are_resumed(small, tmp_path):
     steps(search, 6)
     path = tmp_path / "run" / "config.json"
     row = json.loads(path.read_text())
-    del row["sha256"]
+    del row["sha256"], row["format"]
     target = row["config"].pop("target")
     row["config"] |= {name: target[name] for name in ("sparsity", "params", "tolerance")}
     space = row["space"]
