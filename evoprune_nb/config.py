@@ -25,7 +25,7 @@ METHODS = ("darwinlm", "elastic")
 class ElasticSearch:
     "Settings of method `elastic`."
     training: ElasticTraining = ElasticTraining()  # of the elastic model
-    scans: tuple[int, ...] = (0,)  # generations that measure the neighbours of the parent
+    scans: tuple[int, ...] = (0,)  # generations that begin a round: trained around the parent, then a scan
     scan_tokens: int = 4096  # per neighbour
     scoring_tokens: int = 4096  # per candidate of the other generations
     entrants: int = 8  # candidates of the last generation, the race
@@ -76,6 +76,11 @@ class SearchConfig:
         check_warm_start(self.warm_start, self.stages)
         check_fitness_name(self.fitness, by_block=self.method == "elastic")
         check_choice("operator", self.operator, OPERATORS)
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        "Generations that begin a round of method elastic."
+        return tuple(g for g in self.elastic.scans if g < self.generations - 1) if self.method == "elastic" else ()
 
     @property
     def entering(self) -> int:
@@ -141,6 +146,7 @@ class ActiveConfig(SearchConfig):
     "The settings in force, as steering has changed them."
     frozen: tuple[str, ...] = ()  # names of units that keep their level
     phase: str = ""  # of method "elastic", in the settings of one generation: scan, evolve or race
+    center: str = ""  # genome that the elastic model is trained around; "": the uniform one of the target
 
     @property
     def entering(self) -> int:

@@ -285,8 +285,9 @@ class RunCosts(RunStatus):
     def _left(self) -> dict[str, int]:
         seq_len = self.settings.get("pools", {}).get("scoring", {}).get("seq_len", 1)
         left = tokens_left(self.position, self.attempts, seq_len, self.space)
-        if self.config.method == "elastic" and not self.position.elastic:
-            left["tuning"] += self.config.elastic.training.tokens
+        begun = self.position.generation in dict(self.position.centers)
+        rounds = sum(g >= self.position.generation for g in self.position.rules.rounds) - begun
+        left["tuning"] += max(0, rounds) * self.config.elastic.training.tokens
         return left
 
     @property

@@ -7,8 +7,9 @@ __all__ = ['SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints',
            'propose', 'heldout_loss', 'create_run', 'check_same_search', 'open_run', 'evaluation_row', 'row_evaluation',
            'position_after', 'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations',
            'SharedWeights', 'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
-           'end_generation', 'selection', 'observations', 'generation_steps', 'search_steps', 'Stepper', 'drive_steps',
-           'leave', 'SearchBar', 'SearchView', 'held', 'first_evaluations', 'Search', 'check_search']
+           'end_generation', 'selection', 'observations', 'train_elastic', 'generation_steps', 'search_steps',
+           'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'held', 'first_evaluations', 'Search',
+           'check_search']
 
 # %% ../nbs/23_search.ipynb #3f6c4a56
 import math
@@ -145,14 +146,14 @@ def mutants(
     budget, frozen = plan_budget(space, rules.target)[0], rules.frozen_units(space)
     if rules.phase == "scan":
         return neighbours(parent, space, budget, frozen)
-    observed = [seen for row in position.observed for seen in row]
+    observed = [seen for row in position.measured for seen in row]
     if rules.phase == "" or not observed:
         return make_offspring(
             parent, space, budget, rules.offspring, rng, rules.operator, rules.max_swaps, frozen)
     model, strength = fit_losses(observed, parent, space), (rng, frozen, None, rules.max_swaps)
     if rules.phase == "evolve":
         return propose_genomes(model, parent, budget, rules.offspring, *strength)
-    return entrants(position.observed, model, parent, budget, rules.offspring, *strength)
+    return entrants(position.measured, model, parent, budget, rules.offspring, *strength)
 
 # %% ../nbs/23_search.ipynb #e1140b90
 def entrants(
@@ -492,25 +493,29 @@ class Evaluations:
 
 # %% ../nbs/23_search.ipynb #55ab10c8
 class SharedWeights:
-    "The elastic model of a search."
+    "The elastic models of a search, one for each round; the latest is held."
 
     def __init__(self, inputs: SearchInputs, path: Path):
-        self.inputs, self.path, self._trained = inputs, path, None
+        self.inputs, self.path, self._held = inputs, path, ("", None)
 
-    def __call__(self) -> Elastic:
-        "The model; read from its file, or trained, when first asked for."
-        if self._trained is None:
-            self.train()
-        return self._trained
+    def __call__(self, center: str = "") -> Elastic:
+        "The model around a genome (empty: the uniform one); read from its file, or trained."
+        if self._held[1] is None or self._held[0] != center:
+            self.train(center)
+        return self._held[1]
 
-    def train(self) -> dict:
+    def train(self, center: str = "") -> dict:
         "Train it, unless its file is there; returns what the log says of it."
         inputs, start = self.inputs, time.perf_counter()
-        budget, center = plan_budget(inputs.space, inputs.config.target)
-        seed = derive_seed(inputs.config.seed, "elastic")
+        budget, uniform = plan_budget(inputs.space, inputs.config.target)
+        words, genome = ((center,), Genome.parse(center)) if center else ((), uniform)
+        seed = derive_seed(inputs.config.seed, *words, "elastic")
         settings = inputs.config.elastic.training
-        made_of = inputs.database, inputs.pools["tuning"], budget, center, settings, seed
-        self._trained, result = elastic_model(inputs.model, *made_of, self.path)
+        made_of = inputs.database, inputs.pools["tuning"], budget, genome, settings, seed
+        path = self.path.with_stem(f"{self.path.stem}-{elastic_work(*made_of)}") if center else self.path
+        self._held = "", None  # two are never held at once
+        model, result = elastic_model(inputs.model, *made_of, path)
+        self._held = center, model
         seconds = round(time.perf_counter() - start, 1)
         return {"work": elastic_work(*made_of), "losses": result.losses, "seconds": seconds}
 
@@ -521,7 +526,7 @@ def candidate_evaluator(
 ) -> Callable[[ActiveConfig, int], StageEvaluator]:
     "Makes evaluators that tune and score the candidates, as (settings in force, seed) say."
     def make(rules: ActiveConfig, seed: int) -> StageEvaluator:
-        elastic = weights if rules.phase in ("scan", "evolve") else None
+        elastic = partial(weights, rules.center) if rules.phase in ("scan", "evolve") else None
         return Evaluator(
             inputs.model, inputs.database, inputs.pools, rules.stages, rules.training, rules.fitness, seed,
             rules.warm_start, n_jobs=rules.n_jobs, elastic=elastic, by_block=bool(rules.phase))
@@ -661,14 +666,24 @@ def observations(scored: Sequence[Evaluation], parent: str) -> list[list]:
     return [[genome, round(difference, 6), round(error, 6)] for genome, difference, error in rows]
 
 # %% ../nbs/23_search.ipynb #ea145483
+def train_elastic(engine: Engine, parent: Genome) -> None:
+    "Begin a round of method elastic: train the elastic model, around the parent from the second round on."
+    engine.show("running")
+    position, place = engine.log.position, {}
+    if position.generation:
+        place = {"generation": position.generation, "center": parent.code}
+    tokens = position.rules.elastic.training.tokens
+    train = partial(engine.weights.train, place.get("center", ""))
+    engine.log.record("elastic", {"tokens": tokens} | place, train)
+
+
 def generation_steps(engine: Engine) -> Iterator[Evaluation | Elimination]:
     "One generation, one event at a time; it ends early when a command abandons it."
     log, scored = engine.log, []
     parent, candidates, more = propose(engine.inputs, log.position)
     generation, codes = log.position.generation, [genome.code for genome in candidates]
-    if log.position.rules.method == "elastic" and not log.position.elastic:
-        engine.show("running")
-        log.record("elastic", {"tokens": log.position.rules.elastic.training.tokens}, engine.weights.train)
+    if log.position.needs_training:
+        train_elastic(engine, parent)
     log.record("generation", log.place | {"parent": parent.code, "offspring": codes} | more)
     rules = log.position.current
     for happened in selection(engine, parent, candidates, rules, generation):

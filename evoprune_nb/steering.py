@@ -261,8 +261,28 @@ class SearchState:
     abandoned: tuple[int, int] | None = None  # (branch, generation) that a command puts an end to
     n_commands: int = 0
     finished: bool = False
-    elastic: bool = False  # whether the elastic model is trained
+    centers: tuple[tuple[int, str], ...] = ()  # of elastic models: before which generation, around which genome
     observed: tuple[tuple[Observation, ...], ...] = ()  # by the generations on the line that leads here
+
+    @property
+    def round(self) -> int:
+        "The generation that the latest elastic model was trained for; 0 before there is one."
+        return self.centers[-1][0] if self.centers else 0
+
+    @property
+    def center(self) -> str:
+        "The genome that the latest elastic model was trained around; empty for the first, the uniform one."
+        return self.centers[-1][1] if self.centers else ""
+
+    @property
+    def measured(self) -> tuple[tuple[Observation, ...], ...]:
+        "What was observed in the latest elastic model, by generation; before its scan, all there is."
+        return self.observed[self.round :] or self.observed
+
+    @property
+    def needs_training(self) -> bool:
+        "Whether an elastic model is to be trained for the generation that comes."
+        return self.generation in self.rules.rounds and self.generation not in dict(self.centers)
 
     def after(self, row: dict) -> "SearchState":
         "The state after one more event."
@@ -275,7 +295,7 @@ def _begin(state: SearchState, row: dict) -> dict:
     parents = state.parents[: state.generation] + (row["parent"],)
     rules, injected = state.rules.at(state.generation), tuple(row.get("injected", ()))
     if rules.phase:
-        rules = replace(rules, offspring=len(row["offspring"]) - len(injected))
+        rules = replace(rules, offspring=len(row["offspring"]) - len(injected), center=state.center)
     return dict(
         parent=row["parent"], parents=parents, current=rules, finished=False, injected=(), joined=injected)
 
@@ -309,15 +329,21 @@ def _command(state: SearchState, row: dict) -> dict:
     return changes
 
 # %% ../nbs/21_steering.ipynb #17d3475f
+def _train(state: SearchState, row: dict) -> dict:
+    "What changes when an elastic model has been trained."
+    return {"centers": (*state.centers, (row.get("generation", 0), row.get("center", "")))}
+
+
 def _back_to(state: SearchState, generation: int) -> dict:
     "What changes when a new branch begins with the parent of a generation."
     parent = (*state.parents, state.parent)[generation]
     return dict(
         branch=state.n_branches, n_branches=state.n_branches + 1, generation=generation, parent=parent,
         parents=state.parents[:generation], line=state.line[:generation],
-        observed=state.observed[:generation])
+        observed=state.observed[:generation],
+        centers=tuple(center for center in state.centers if center[0] <= generation))
 
 
 _CHANGES = {"generation": _begin, "survivor": _end, "abandoned": _abandon, "command": _command,
             "finished": lambda state, row: {"finished": True},
-            "elastic": lambda state, row: {"elastic": True}}
+            "elastic": _train}

@@ -19,7 +19,7 @@ from evoprune_nb.replay import replay
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
 from evoprune_nb.surrogate import Observation, archive, fit_losses, neighbours, propose_genomes
-from evoprune_nb.target import plan_budget
+from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.training import Training
 
 SETTINGS = ElasticTraining(tokens=16 * 16, training=Training(lr=1e-3, batch_size=2))
@@ -274,3 +274,47 @@ def test_the_panel_shows_what_levels_cost(undisturbed):
     parts = sensitivity_parts(latest_moment(history))
     shown = parts["levels"][1]()
     assert shown.count("<title>") == sum(map(len, losses)) and "nats" in shown and parts["sensitivities"][1]().count("<title>") > len(space.units)
+
+
+def two_rounds() -> SearchConfig:
+    "A second round begins with generation 2."
+    config = elastic_config()
+    return replace(config, generations=5, elastic=replace(config.elastic, scans=(0, 2)))
+
+
+def test_a_round_trains_and_measures_around_the_parent(small, tmp_path):
+    "Also when interrupted, with a file lost, and on a branch that goes back before it."
+    model, database = small
+    search = Search(tmp_path / "run", model, database, small_pools(), two_rounds())
+    winner = search.run(progress=False)
+    rows = events(tmp_path / "run")
+    begun = {row["generation"]: row for row in rows if row["event"] == "generation"}
+    first, second = (row for row in rows if row["event"] == "elastic")
+    assert "center" not in first and (second["generation"], second["center"]) == (2, begun[2]["parent"])
+    assert second["work"] != first["work"] and len(list((tmp_path / "run").glob("elastic*.safetensors"))) == 2
+    assert all(Genome.parse(code).distance(Genome.parse(second["center"])) == 1 for code in begun[2]["offspring"])
+    assert search.engine.log.position.measured == search.engine.log.position.observed[2:]
+    history = History(tmp_path / "run")
+    assert history.tokens == history.planned_tokens
+    assert history.tokens["tuning"] >= 2 * SETTINGS.tokens
+    for n_steps in (20, 35, 45):
+        again = tmp_path / str(n_steps)
+        interrupted = Search(again, model, database, small_pools(), two_rounds())
+        for _ in range(n_steps):
+            interrupted.step()
+        for path in again.glob("elastic-*.safetensors"):
+            path.unlink()
+        assert Search(again, model, database, small_pools(), two_rounds()).run(progress=False) == winner
+        assert events(again) == rows
+    search.send({"command": "branch", "generation": 1})
+    search.run(progress=False)
+    assert [row.get("generation", 0) for row in events(tmp_path / "run") if row["event"] == "elastic"] == [0, 2, 2]
+    assert replay(tmp_path / "run", tmp_path / "replay", model, database, small_pools(), progress=False) == search.parent
+    assert events(tmp_path / "replay") == events(tmp_path / "run")
+
+
+def test_plan_counts_every_round():
+    from evoprune_nb.paper.planning import plan
+
+    tokens = {phase.name: phase.tokens for phase in plan("tiny", replace(two_rounds(), target=Target(0.5)), calibration_tokens=512, seq_len=16).phases}
+    assert tokens["elastic model"] == 2 * SETTINGS.tokens

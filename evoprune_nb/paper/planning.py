@@ -252,15 +252,15 @@ def _search(job: _Job, config: SearchConfig) -> Phase:
     return job.phase("search", max(memory) + held, 0, sum(tokens), sum(flops))
 
 
-def _elastic(job: _Job, settings: ElasticTraining) -> Phase:
-    "Training the elastic model: a candidate's passes, the dense model's optimizer."
+def _elastic(job: _Job, settings: ElasticTraining, rounds: int) -> Phase:
+    "Training an elastic model in each round: a candidate's passes, the dense model's optimizer."
     dense, itemsize, training = job.space.dense_params, job.dtype.itemsize, settings.training
     part = min(settings.tokens, training.batch_size * job.seq_len // settings.genomes)
     in_pass = part * job.activations(job.seq_len, job.dtype) + 2 * job.weights * itemsize
     in_pass += head_bytes(job.vocabulary, job.hidden, itemsize, part, device=job.where)
     memory = dense * (2 * itemsize + optimizer_bytes(itemsize, training)) + round(in_pass)
-    tokens = settings.tokens // job.seq_len * job.seq_len
-    disk = dense * (itemsize + optimizer_bytes(itemsize, training))
+    tokens = rounds * (settings.tokens // job.seq_len * job.seq_len)
+    disk = dense * (rounds * itemsize + optimizer_bytes(itemsize, training))
     return job.phase("elastic model", memory, disk, tokens, 3 * tokens * job.space.cost(job.genome, "flops"))
 
 # %% ../../nbs/paper/02_planning.ipynb #ba7ca7e6
@@ -324,7 +324,7 @@ def plan(
         job, calibration_tokens, batch_size * seq_len, memory_bytes, offload_bytes)
     phases = [database, _search(job, config)]
     if config.method == "elastic":
-        phases.insert(1, _elastic(job, config.elastic.training))
+        phases.insert(1, _elastic(job, config.elastic.training, len(config.rounds)))
     if post_training:
         phases.append(_post_training(job, post_training))
     named = isinstance(model, str | Path)

@@ -126,7 +126,7 @@ def picture_parts(
 # %% ../../nbs/ui/05_gallery.ipynb #84fa163f
 def level_losses(history: History) -> list[list[float]]:
     "Per unit and level: the change of loss expected from all that was measured, in nats; empty before."
-    observed = [seen for row in history.position.observed for seen in row]
+    observed = [seen for row in history.position.measured for seen in row]
     if not observed:
         return []
     model = fit_losses(observed, history.winner, history.space)
@@ -135,7 +135,7 @@ def level_losses(history: History) -> list[list[float]]:
 
 def sensitivity_parts(moment: Moment) -> dict[str, Part]:
     "What a level more or less has cost, and what every level is expected to cost."
-    view, observed = moment.history, moment.history.position.observed
+    view, observed = moment.history, moment.history.position.measured
     if not any(observed):
         why = "not measured: SearchConfig(method=\"elastic\") measures what each level costs"
         if view.config.method == "elastic":

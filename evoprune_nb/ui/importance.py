@@ -94,7 +94,7 @@ def importance_frame(
     removed (missing at the last); pairs in which it differs; measured: nats of that level, where measured."""
     model, space = fit_importance(history), history.space
     levels = level_table(model).set_index(["unit", "level"]) if model else None
-    seen = sensitivities([pair for row in history.position.observed for pair in row], space)
+    seen = sensitivities([pair for row in history.position.measured for pair in row], space)
     measured = seen[seen.step == 1].groupby("unit").nats.mean()
     rows = []
     for i, (unit, level, pairs) in enumerate(zip(space.units, history.winner.levels, _moved(history))):
