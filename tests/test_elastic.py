@@ -318,3 +318,13 @@ def test_plan_counts_every_round():
 
     tokens = {phase.name: phase.tokens for phase in plan("tiny", replace(two_rounds(), target=Target(0.5)), calibration_tokens=512, seq_len=16).phases}
     assert tokens["elastic model"] == 2 * SETTINGS.tokens
+
+
+def test_figures_name_the_stages_of_each_phase(undisturbed):
+    from evoprune_nb.paper.figures import fitness_figure, stages_figure
+
+    history = History(undisturbed.run_dir)
+    titles = [axes.get_title() for axes in fitness_figure(history).axes]
+    assert any(title.startswith("In the elastic model; at last, stage 1 of the race: 32 tuning") for title in titles)
+    label = lambda generation: stages_figure(history, generation).axes[0].get_xticklabels()[0].get_text()
+    assert "before tuning" in label(0) and "before tuning" in label(1) and "32 tuning" in label(3)

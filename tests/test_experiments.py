@@ -119,6 +119,15 @@ def check_page(path: Path, n_images: int) -> Resources:
     return found
 
 
+def test_demo_with_an_elastic_search(tmp_path, corpus):
+    "The other method, in two rounds: the race has the stages, and the report shows the measurements."
+    changes = dict(method="elastic", generations="5", rounds="[0, 2]", survivors="[1]", tuning_tokens="[256]", scoring_tokens="[128]", elastic_tokens="1024", scan_tokens="128", elastic_scoring="128", entrants="2")
+    assert run(DEMO, tmp_path, "demo", corpus, **changes) == 0
+    check_page(tmp_path / "reports" / "demo" / "report.html", len(FIGURES) + 1)
+    history = History(tmp_path / "runs" / "demo")
+    assert [generation for generation, _ in history.position.centers] == [0, 2] and history.rules.training.schedule == "cosine"
+
+
 def test_demo_report_leads_with_its_result(demo):
     "Title with model and verdict, sentences, one table with standard errors, text and token count; then five pictures; it loads and runs nothing, and shows no code."
     page = check_page(demo / "reports" / "demo" / "report.html", len(FIGURES))

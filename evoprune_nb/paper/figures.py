@@ -275,6 +275,16 @@ def _stage_kinds(rows: pd.DataFrame, theme: Theme) -> list[tuple[str, pd.Series,
         ("won the generation", rows.won, {"color": BLUE, "marker": "o", "s": 22, "zorder": 3})]
 
 # %% ../../nbs/paper/01_figures.ipynb #bfd962e5
+def _stage_title(history: History, stage: int) -> str:
+    "What a stage is, above its panel."
+    name, stages = f"Stage {stage + 1}", history.rules_in_force.stages
+    if history.rules.method == "elastic":  # all generations but the last have one stage, without tuning
+        stages = history.rules.stages
+        name = "In the elastic model; at last, stage 1 of the race" if stage == 0 else f"{name} of the race"
+    words = _stage_label(stage, stages[stage]).split("\n")[1:] if stage < len(stages) else []
+    return name + (f": {', '.join(words)} tokens" if words else "")
+
+
 def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: Theme) -> None:
     "One stage: differences on the same tokens, generation by generation."
     axes.axhline(0, color=theme.muted, linewidth=0.8, zorder=1)
@@ -285,9 +295,7 @@ def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: T
     places = rows.generation + 1, rows.difference.clip(upper=edge)
     add_hints(axes, *places, _evaluation_words(history, rows), theme)
     _mark_disqualified(axes, rows[rows.disqualified != ""].generation.unique())
-    stages = history.rules_in_force.stages
-    words = _stage_label(stage, stages[stage]).split("\n")[1:] if stage < len(stages) else []
-    axes.set_title(f"Stage {stage + 1}" + (f": {', '.join(words)} tokens" if words else ""))
+    axes.set_title(_stage_title(history, stage))
     axes.set_ylabel("Δ to the\nparent" if rows.is_parent.any() else "Δ to the last\nthat went on")
 
 
@@ -589,7 +597,7 @@ def stages_figure(
     branch: int | None = None,  # on which branch; None: the present one
 ) -> Figure:
     "Ranks of one generation's candidates, stage by stage: who fell where, and who changed places."
-    frame, colors, stages = history.evaluations, find_theme(theme), history.rules.stages
+    frame, colors = history.evaluations, find_theme(theme)
     if frame.empty:
         return empty_figure("no candidate has been evaluated yet", theme)
     generation = _latest_change(history) if generation is None else generation
@@ -599,6 +607,8 @@ def stages_figure(
     if frame.empty:
         return empty_figure(f"no candidate of generation {generation + 1} has been evaluated yet", theme)
     names = candidate_names(history, generation, branch)
+    here = [a for a in history.attempts if (a.generation, a.branch) == (generation, branch)]
+    stages = here[-1].rules.stages
     n_stages = max(len(stages), int(frame.stage.max()) + 1)
     n_ranks = max(len(names) - ("parent" in names.values()), int(frame["rank"].max()))
     size = (max(6.6, 1.2 + 1.35 * n_stages), 0.6 + max(3.4, 0.26 * n_ranks + 1.2))
