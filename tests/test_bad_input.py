@@ -380,6 +380,16 @@ COMMANDS = [  # arguments, what the message must say
         ("nan", "nan.*NaN or infinite values in"), ("cut", "cut.*damaged"), ("empty weights", "damaged"), ("pickled", "safetensors"), ("lacking", "lacks tensors"), ("other shapes", "other shapes"), ("no json", "config.json is damaged"), ("a list", "config.json is damaged"), ("unheard of", "hovercraft"),
         ("no tokenizer", "no tokenizer"), ("broken tokenizer.json", "broken tokenizer.json"), ("no config", "no config.json"), ("missing", "missing")]],
     (["eval", "tinny"], "did you mean 'tiny'"), (["eval", ""], "no checkpoint"),
+    *[(["search", *words], message) for words, message in [
+        (["tinny", "{new}"], "did you mean 'tiny'"), (["tiny"], "required: RUN_DIR"), (["tiny", "{new}", "-p", "ofspring", "3"], "did you mean 'offspring'"), (["tiny", "{new}", "-p", "generations", "nan"], "'nan'"), (["tiny", "{new}", "-p", "method", "elastik"], "did you mean 'elastic'"),
+        (["tiny", "{new}", "--seq-len", "0"], "--seq-len.*0"), (["tiny", "{new}", "--calibration-tokens", "-5"], "--calibration-tokens.*-5"), (["tiny", "{new}", "--text-tokens", "0"], "tokens.*0"), (["tiny", "{new}", "--text", "{text}/empty.txt"], "empty.txt"), (["tiny", "{new}", "--text", "{text}/table.csv"], "table.csv"),
+        (["tiny", "{new}", "--column", "body", "--text", "{corpus}"], "no column 'body'"), (["tiny", "{new}", "--dtype", "float23"], "'float23'"), (["tiny", "{new}", "--device", "gpu"], "device 'gpu'"), (["tiny", "{new}", "--heads", "gruop"], "did you mean 'group'"), (["tiny", "{new}", "--levels", "0"], "levels.*0"),
+        (["tiny", "{root}/file"], "file is a file"), (["tiny", "{run}", "--text", "{corpus}"], "another model|other"), (["{models}/cut", "{new}"], "cut.*damaged"), (["{models}/unheard of", "{new}"], "hovercraft")]],
+    *[(["push", *words], message) for words, message in [
+        (["{root}/missing", "me/it"], "missing"), (["{root}/full", "me/it"], "full"), (["{export}"], "required: OWNER/NAME"), (["{export}", "me/it/there"], "me/it/there"), (["{export}", "-me/it"], "-me/it|arguments"), (["{export}", "me/it", "--only", "genome"], "run directory"), (["{runs}/no json", "me/it"], "no json"), (["{run}", "me/it", "--only", "all of it"], "invalid choice")]],
+    *[(["rebuild", *words], message) for words, message in [
+        (["{root}/missing.json", "{new}"], "missing.json"), (["{root}/file", "{new}"], "file"), (["{root}/full", "{new}"], "full"), (["{export}/config.json", "{new}"], "config.json"), (["{root}/missing.json"], "required: OUT")]],
+    (["runs", "{root}/missing"], "missing"), (["candidates", "{root}/full"], "full"), (["share", "{root}/full", "--out", "{new}"], "full"), (["track", "{root}/full", "--to", "tensorboard"], "full"), (["track", "{run}", "--to", "nowhere"], "nowhere"),
     (["run", "{root}/missing.ipynb"], "missing.ipynb"), (["run", "{root}/file"], "file is no notebook"), (["run", "{demo}", "--name", "../up", "--reports", "{new}"], "plain file name.*'../up'"), (["run", "{demo}", "-f", "{root}/missing.yaml"], "missing.yaml"), (["run", "{demo}", "-f", "{root}/full"], "full"),
 ]
 
@@ -419,7 +429,8 @@ PARAMETERS = [
     *[("demo", name, value, name) for name, values in {
         "generations": ("many", "2.5", "nan", "true", "0", "-1", ""), "offspring": ("0", "2", ".inf", "1e9", "[8]"), "sparsity": ("half", "1.5", "-0.1", ".nan"), "tuning_lr": ("fast", "0", ".inf", "-0.001"), "seq_len": ("0", "-5", "x"), "calibration_tokens": ("-5", "0", "1.5"),
         "heldout_tokens": ("0", "-1"), "post_tokens": ("0", "lots"), "post_batch": ("0",), "post_lr": (".nan",), "post_epochs": ("0",), "n_jobs": ("0",), "seed": ("1.5",), "dtype": ("float23",), "device": ("gpu",), "fitness": ("bleu",), "survivors": ("4", "[4, 2", "[4, 2]", "[2, 4, 1]", "[4, 2, 0]", "[4, 2.5, 1]"),
-        "tuning_tokens": ("[0, 2048]", "[0, -1, 4096]", "[0, x, 4096]"), "scoring_tokens": ("[0, 2048, 8192]", "{a: 1}"), "tuning_batch": ("0",)}.items() for value in values],
+        "tuning_tokens": ("[0, 2048]", "[0, -1, 4096]", "[0, x, 4096]"), "scoring_tokens": ("[0, 2048, 8192]", "{a: 1}"), "tuning_batch": ("0",), "method": ("elastik",)}.items() for value in values],
+    ("demo", "rounds", "[1]", "scans"), ("demo", "entrants", "0", "entrants.*0"), ("demo", "elastic_tokens", "0", "tokens.*0"), ("demo", "scan_tokens", "x", "scan_tokens"), ("search", "ours", "mine", "unknown arms.*mine"), ("search", "variants", "{mine: {lr: 1}}", "variants change.*lr"),
     ("demo", "generation", "3", "did you mean 'generations'"), ("demo", "colour", "red", "no parameter 'colour'"), ("search", "seeds", "[0, 0]", "each once"), ("search", "seeds", "[]", "at least one"),
 ]
 

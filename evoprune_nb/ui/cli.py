@@ -28,11 +28,11 @@ from torch import nn
 from .. import __version__
 from ..candidates import materialize
 from ..data import EMBEDDED_TEXT, SPLITS, load_pools
-from ..genome import Genome
+from ..genome import HEAD_MODES, Genome
 from ..history import History
 from ..judge.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
 from ..judge.latency import _check_models, kv_cache_bytes, measure_latency, peak_memory
-from ..machine.checks import check_number, check_whole, nearest
+from ..machine.checks import check_choice, check_number, check_whole, nearest
 from ..machine.device import resolve_device, resolve_dtype
 from ..machine.files import check_target, check_writable
 from ..machine.fetch import cache_dir
@@ -495,11 +495,22 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--levels", known.n_levels, "levels of a unit, from dense to gone")
 
 # %% ../../nbs/ui/21_cli.ipynb #f6db4d93
+def _check_search(options: argparse.Namespace) -> None:
+    "Raise `ValueError` for what can be found wrong before the model is loaded."
+    seq_len = check_whole("--seq-len", options.seq_len, least=2)
+    check_whole("--calibration-tokens", options.calibration_tokens, least=seq_len)
+    check_whole("--levels", options.levels, least=1)
+    check_choice("--heads", options.heads, HEAD_MODES)
+    if Path(options.run_dir).is_file():
+        raise ValueError(f"{options.run_dir} is a file; RUN_DIR is a directory, new or of a search")
+    check_writable(Path(options.run_dir) / "config.json")
+
+
 def _search(options: argparse.Namespace) -> None:
     "Search; print the winner, and what one can do with it."
-    device, seq_len = str(resolve_device(options.device)), check_whole("--seq-len", options.seq_len, least=2)
-    config = search_config(options.p)
-    source = Source(options.model, options.dtype, device, options.text, options.column, seq_len,
+    _check_search(options)
+    device, config = str(resolve_device(options.device)), search_config(options.p)
+    source = Source(options.model, options.dtype, device, options.text, options.column, options.seq_len,
                     options.calibration_tokens, heads=options.heads, n_levels=options.levels,
                     latency="latency" in config.target.limits)
     tokens = options.text_tokens and dict.fromkeys(SPLITS, options.text_tokens)
