@@ -95,8 +95,9 @@ def machines(tmp_path_factory):
         patch.setenv("PYTHONPATH", os.pathsep.join(os.sys.path))
         cluster, n = Machines(), iter(range(9))
         join = lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20, include_dashboard=False, env_vars={"MINE": str(tmp_path_factory.mktemp(f"machine {next(n)}"))})
-        nodes = [join(), join()]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        nodes = [join()]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")  # to the head, the one that no test removes
+        nodes.append(join())
         yield cluster, nodes, join
         ray.shutdown()
         cluster.shutdown()
