@@ -39,7 +39,7 @@ demo: .venv/.installed  ## prune a model start to end, with a report: make demo 
 test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	$(BIN)/evoprune fetch
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|(experiments|tutorials)$$)' --skip_file_re '^([_.]|workbench|runs)'
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --instafail --timeout 1200
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --instafail --timeout 1200
 
 PYTHONS := 3.10 3.11 3.12 3.13
 TRANSFORMERS := 5.16.1 5.20.*
