@@ -495,8 +495,8 @@ class Evaluations:
 class SharedWeights:
     "The elastic models of a search, one for each round; the latest is held."
 
-    def __init__(self, inputs: SearchInputs, path: Path):
-        self.inputs, self.path, self._held = inputs, path, ("", None)
+    def __init__(self, inputs: SearchInputs, path: str | Path):
+        self.inputs, self.path, self._held = inputs, Path(path), ("", None)
 
     def __call__(self, center: str = "") -> Elastic:
         "The model around a genome (empty: the uniform one); read from its file, or trained."

@@ -431,7 +431,7 @@ PARAMETERS = [
         "heldout_tokens": ("0", "-1"), "post_tokens": ("0", "lots"), "post_batch": ("0",), "post_lr": (".nan",), "post_epochs": ("0",), "n_jobs": ("0",), "seed": ("1.5",), "dtype": ("float23",), "device": ("gpu",), "fitness": ("bleu",), "survivors": ("4", "[4, 2", "[4, 2]", "[2, 4, 1]", "[4, 2, 0]", "[4, 2.5, 1]"),
         "tuning_tokens": ("[0, 2048]", "[0, -1, 4096]", "[0, x, 4096]"), "scoring_tokens": ("[0, 2048, 8192]", "{a: 1}"), "tuning_batch": ("0",), "method": ("elastik",)}.items() for value in values],
     ("demo", "rounds", "[1]", "scans"), ("demo", "entrants", "0", "entrants.*0"), ("demo", "elastic_tokens", "0", "tokens.*0"), ("demo", "scan_tokens", "x", "scan_tokens"), ("search", "ours", "mine", "unknown arms.*mine"), ("search", "variants", "{mine: {lr: 1}}", "variants change.*lr"),
-    ("demo", "generation", "3", "did you mean 'generations'"), ("demo", "colour", "red", "no parameter 'colour'"), ("search", "seeds", "[0, 0]", "each once"), ("search", "seeds", "[]", "at least one"),
+    ("demo", "generation", "3", "did you mean 'generations'"), ("demo", "colour", "red", "no parameter 'colour'"), ("search", "seeds", "[a]", "every seed.*a"), ("search", "seeds", "[1.5]", "every seed.*1.5"), ("search", "seeds", "[0, 0]", "each once"), ("search", "seeds", "[]", "at least one"),
 ]
 
 
