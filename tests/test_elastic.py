@@ -328,3 +328,19 @@ def test_figures_name_the_stages_of_each_phase(undisturbed):
     assert any(title.startswith("In the elastic model; at last, stage 1 of the race: 32 tuning") for title in titles)
     label = lambda generation: stages_figure(history, generation).axes[0].get_xticklabels()[0].get_text()
     assert "before tuning" in label(0) and "before tuning" in label(1) and "32 tuning" in label(3)
+
+
+def test_a_worker_reads_the_model_of_its_round(small, tmp_path):
+    "In the second round, a worker that is told the file of the first finds the same fitness as the search."
+    from evoprune_nb.cluster.parts import Parts
+    from evoprune_nb.cluster.workers import StageWork, WorkerProcess
+
+    search = Search(tmp_path / "run", *small, small_pools(), two_rounds())
+    search.run(progress=False)
+    attempt = History(tmp_path / "run").attempts[3]
+    assert attempt.rules.center
+    worker = WorkerProcess(Parts({}, "float32", "cpu", search.inputs.config), 1)
+    worker.inputs = search.inputs
+    codes = [row["genome"] for row in attempt.evaluations]
+    work = StageWork(1, 1, attempt.rules, search.inputs.seed(0), str(tmp_path / "run" / "elastic.safetensors"), tuple(map(Genome.parse, codes)), 3, 0)
+    assert [worker.evaluate(work, index).fitness for index in range(len(codes))] == [row["fitness"] for row in attempt.evaluations]
