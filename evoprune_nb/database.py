@@ -320,6 +320,7 @@ def build_database(
     heads: str = "free",  # how heads are counted off, see `genome.HEAD_MODES`
     n_levels: int = 10,  # equal steps from dense to gone
     grid: dict[str, Sequence[int]] | None = None,  # "attn"/"mlp" → structures removed per level
+    multiple: int = 0,  # MLP widths are multiples of it: 32 or 256 for quantised files; 0: as it comes
     damping: float = 0.01,  # share of the mean of diag(H) that is added to it
     batch_size: int = 8,  # blocks per forward pass
     memory_bytes: int | None = None,  # limit on Hessians and hidden states held at a time; None: one pass
@@ -333,7 +334,7 @@ def build_database(
     written: `ValueError` for arguments or a directory that cannot be used, `OSError` for a disk that is
     too small, `DirectoryBusy` while another process builds it."""
     directory, units = Path(directory), prunable_units(model)
-    removed = level_grid(units, heads, n_levels, grid)
+    removed = level_grid(units, heads, n_levels, grid, multiple)
     _check_arguments(model, blocks, damping, batch_size)
     settings = _settings(model, blocks, units, removed, heads, damping)
     memory = (memory_bytes, offload_bytes)

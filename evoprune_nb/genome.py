@@ -106,6 +106,13 @@ def _head_step(unit: Unit, heads: str) -> int:
     return unit.n_kv_heads if heads == "query" else unit.n_structures // unit.n_kv_heads
 
 
+def _check_multiple(unit: Unit, multiple: int) -> None:
+    "Raise `ValueError` when a dense MLP's width is no multiple of it."
+    if unit.kind == "mlp" and multiple and unit.n_structures % multiple:
+        raise ValueError(f"{unit.name} has {unit.n_structures} channels, which is no multiple of {multiple}; "
+                         "multiple must divide the dense width")
+
+
 def _check_levels(unit: Unit, levels: Sequence[int], step: int, heads: str) -> None:
     "Raise `ValueError` for a grid that a unit cannot have."
     rises = levels[0] == 0 and sorted(set(levels)) == list(levels)
@@ -123,6 +130,7 @@ def level_grid(
     heads: str = "free",  # one of HEAD_MODES
     n_levels: int = 10,  # steps from dense to gone
     custom: dict[str, Sequence[int]] | None = None,  # "attn"/"mlp" → structures removed per level
+    multiple: int = 0,  # of MLP channels, that all widths are multiples of; 0: `equal_levels` chooses
 ) -> tuple[tuple[int, ...], ...]:
     "Structures removed per level, for each unit. Raises `ValueError` for a grid that a unit cannot have."
     check_choice("heads", heads, HEAD_MODES)
@@ -133,10 +141,13 @@ def level_grid(
         check_choice("kind of units in grid", kind, ("attn", "mlp"))
         if not isinstance(levels, Sequence) or not levels or any(type(k) is not int for k in levels):
             raise ValueError(f"grid for {kind} must be whole numbers of structures; got {shown(levels)}")
+    check_whole("multiple", multiple, least=0)
     grid = []
     for unit in units:
         step = _head_step(unit, heads)
-        equal = (step * k for k in equal_levels(unit.n_structures // step, n_levels))
+        _check_multiple(unit, multiple)
+        together = multiple or None if unit.kind == "mlp" else None
+        equal = (step * k for k in equal_levels(unit.n_structures // step, n_levels, together))
         levels = tuple((custom or {}).get(unit.kind) or equal)
         _check_levels(unit, levels, step, heads)
         grid.append(levels)

@@ -957,11 +957,12 @@ def check_search(
     config: SearchConfig,  # of the search to come
     heads: str = "free",  # as for `build_database`
     n_levels: int = 10,  # as for `build_database`
+    multiple: int = 0,  # as for `build_database`
 ) -> None:
     """Raise `ValueError` for what would stop a search: a target out of reach, too little text for a stage,
     a model that cannot be pruned or scored, or offspring that cannot be found."""
     units = prunable_units(model)
-    space = make_space(model, units, level_grid(units, heads, n_levels))
+    space = make_space(model, units, level_grid(units, heads, n_levels, multiple=multiple))
     Evaluator(model, None, pools, config.stages, config.training, config.fitness, config.seed)
     if config.method == "elastic":
         check_elastic_text(pools, config)

@@ -34,6 +34,7 @@ class SourceRecord:
     heads: str = "free"  # how heads are counted off, as for `build_database`
     n_levels: int = 10  # as for `build_database`
     latency: bool = False  # measure the units' latency, on prompts of `seq_len` tokens
+    multiple: int = 0  # MLP widths are multiples of it, as for `build_database`
 
     def __post_init__(self):
         if self.dtype == "fastest":  # a run keeps the name: another machine may choose another
@@ -74,7 +75,8 @@ class Source(SourceRecord):
         "The level database, built or continued."
         pool, seed = pools["calibration"], self.calibration_seed
         blocks = pool.blocks.long() if seed is None else pool.draw(self.calibration_tokens, seed=seed)
-        return build_database(model, blocks, directory, self.heads, self.n_levels, progress=progress)
+        return build_database(model, blocks, directory, self.heads, self.n_levels, multiple=self.multiple,
+                              progress=progress)
 
     def make(
         self, directory: str | Path, tokens: dict[str, int | None] | None = None

@@ -230,6 +230,7 @@ FUNCTIONS = [  # call, what the message must say
     (lambda p: level_grid(prunable_units(p.model), custom={"mlp": [0, 2.5]}), r"grid for mlp.*2.5"), (lambda p: level_grid(prunable_units(p.model), custom={"mlp": 8}), "grid for mlp.*got 8"),
     (lambda p: level_grid(prunable_units(p.model), custom=[0, 8]), r"grid must be like.*\[0, 8\]"), (lambda p: level_grid(prunable_units(p.model), custom={"mlp": [0, 999]}), "999.*at most 80"),
     (lambda p: level_grid(prunable_units(p.model), custom={"mlp": [0, -8]}), "-8.*start at 0"), (lambda p: level_grid(prunable_units(p.model), custom={"mlp": []}), r"grid for mlp.*\[\]"),
+    (lambda p: level_grid(prunable_units(p.model), multiple=7), "80 channels, which is no multiple of 7"), (lambda p: level_grid(prunable_units(p.model), multiple=-1), "multiple.*got -1"),
     # targets and mutation
     (lambda p: Target(), "nothing limits"), (lambda p: Target(0.5, 10), "either.*0.5 and 10"), (lambda p: Target(params=0.5), "params.*0.5"), (lambda p: Target(params=-3), "params.*-3"), (lambda p: Target(params=NAN), "params.*nan"),
     (lambda p: Target(limits={"flop": 0.5}), "'flop'.*did you mean 'flops'"), (lambda p: Target(limits={"flops": 0}), "flops.*got 0"), (lambda p: Target(limits={"flops": NAN}), "flops.*nan"), (lambda p: Target(limits={"flops": "half"}), "'half'"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from evoprune_nb.candidates import materialize
 from evoprune_nb.ship.cards import Card
 from evoprune_nb.ship.export import export_hf, load_exported
-from evoprune_nb.ship.gguf import PLACEHOLDER, context_length, deci_layers, export_gguf
+from evoprune_nb.ship.gguf import PLACEHOLDER, context_length, deci_layers, export_gguf, stored_types
 from evoprune_nb.database import build_database
 
 TOP = -1  # the unit's last level, at which all of it is gone
@@ -295,8 +295,33 @@ def test_quantised_types_are_near_the_weights(tmp_path, dtype, worst):
 
 
 def test_widths_that_are_no_blocks_are_refused(made, tmp_path):
-    "With the tensor, its width, and the grid that would do."
+    "With the tensor, its width, and the setting of the level database that would do."
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
-    with pytest.raises(ValueError, match=r"multiple of 32 numbers, not .*\(48\).*grid"):
+    with pytest.raises(ValueError, match=r"multiple of 32 numbers, not .*\(48\).*multiple=32"):
         export_gguf(model, None, tmp_path / "out", dtype="q8_0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype, wanted, worst", [("q8_0", "Q8_0", 0.02), ("q4_k_m", "Q4_K", 0.3), ("q6_k", "Q6_K", 0.1)])
+def test_llama_cpp_reads_quantised_files(tmp_path, dtype, wanted, worst):
+    "K types where rows hold whole blocks of 256, types with smaller blocks elsewhere; the card says how many; logits are near those of the weights. A missing sublayer is no obstacle."
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | dict(hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=512, num_hidden_layers=4))).eval()
+    database = build_database(model, random_blocks(), tmp_path / "database", "query", multiple=256, progress=False)
+    candidate = materialize(model, database, database.space.genome([0, TOP % database.space.n_levels(1), 0, 0, 1, 0, 1, 0]))
+    case, blocks = tmp_path / "root" / "case", random_blocks(1, 16, seed=5)
+    kinds = stored_types(export_gguf(candidate, None, case / "out", dtype=dtype))
+    assert wanted in kinds and not {"F32", "F16"} & set(kinds) and f"{kinds[wanted]} {wanted}" in (case / "out" / "README.md").read_text()
+    save_file({"blocks": blocks}, case / "blocks.safetensors")
+    llama_cpp(tmp_path / "root")
+    with torch.no_grad():
+        exact = candidate(blocks).logits
+    assert (load_file(case / "found.safetensors")["logits"] - exact).abs().mean() < worst * exact.std()
+
+
+def test_k_types_need_llama_cpp(made, tmp_path, monkeypatch):
+    "Without its wheel, the error names the extra, and nothing is written."
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | dict(hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=96)))
+    monkeypatch.setattr("evoprune_nb.ship.gguf.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"evoprune-nb\[llama\].*llama-quantize"):
+        export_gguf(model, None, tmp_path / "out", dtype="q4_k_m")
     assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ def test_setup_follows_settings(configured, distribution):
     assert (distribution.get_name(), distribution.get_version()) == (configured["pip_name"], configured["version"])
     assert str(distribution.python_requires) == f">={configured['min_python']}"
     assert list(distribution.install_requires) == configured["requirements"].split()
-    assert dict(distribution.extras_require) == {extra: configured[f"{extra}_requirements"].split() for extra in ("dev", "docs", "eval", "cluster")}
+    assert dict(distribution.extras_require) == {extra: configured[f"{extra}_requirements"].split() for extra in ("dev", "docs", "eval", "cluster", "llama")}
     assert distribution.entry_points == {"console_scripts": configured["console_scripts"].split("\n")}
 
 

@@ -87,7 +87,7 @@ def run(tmp_path_factory, corpus):
     model = small_model("llama-gqa")
     model.save_pretrained(root / "dense")
     word_tokenizer("none").save_pretrained(root / "dense")
-    source = Source(str(root / "dense"), text=str(corpus), seq_len=16, calibration_tokens=512, calibration_seed=3)
+    source = Source(str(root / "dense"), text=str(corpus), seq_len=16, calibration_tokens=512, calibration_seed=3, multiple=16)
     dense, tokenizer = source.load_model()
     pools = load_pools(corpus, tokenizer, 16, {"calibration": 512}, progress=False)
     database = source.build_database(dense, pools, root / "run" / "database", progress=False)

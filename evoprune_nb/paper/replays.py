@@ -30,6 +30,7 @@ _MEANINGS = {  # parameters of the notebook; types are those of `Source`
     "calibration_tokens": "for the level database",
     "heads": 'how heads are counted off: "free", "query" or "group"',
     "n_levels": "steps from dense to gone",
+    "multiple": "MLP widths are multiples of it; 0: as it comes",
 }
 
 

@@ -138,7 +138,9 @@ def rebuild(
         raise ValueError(f"model {file.source.model_name!r} has fingerprint {mine}, the genome file's "
                          f"{file.model}; name the dense model that was searched (--model)")
     blocks = _calibration_blocks(file.source, tokenizer, file.data)
-    database = build_database(model, blocks, directory, file.source.heads, file.source.n_levels)
+    made = file.source
+    database = build_database(
+        model, blocks, directory, made.heads, made.n_levels, multiple=made.multiple)
     _check_same(database, file, None if masks is None else Path(masks))
     return materialize(model, database, database.space.check(Genome.parse(file.genome))), tokenizer, database
 

@@ -48,7 +48,7 @@ from ..selection import Stage
 from ..ship.cards import Card, add_scores, read_card
 from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner
 from ..ship.export import run_card
-from ..ship.gguf import export_gguf
+from ..ship.gguf import QUANTISED, export_gguf
 from ..ship.padded import export_padded
 from ..ship.posttraining import PostTraining, post_train_checkpoint
 from ..ship.publish import GenomeFile, check_repo, genome_file, publish_genome, push_to_hub
@@ -493,6 +493,8 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--device", "auto", "cpu, cuda, mps …; auto: the best there is")
     add_option(parser, "--heads", known.heads, "how heads are counted off: free, query or group")
     add_option(parser, "--levels", known.n_levels, "levels of a unit, from dense to gone")
+    add_option(parser, "--multiple", known.multiple, "MLP widths are multiples of it: 32 or 256 for quantised "
+               "GGUF files")
 
 # %% ../../nbs/ui/21_cli.ipynb #f6db4d93
 def _check_search(options: argparse.Namespace) -> None:
@@ -500,6 +502,7 @@ def _check_search(options: argparse.Namespace) -> None:
     seq_len = check_whole("--seq-len", options.seq_len, least=2)
     check_whole("--calibration-tokens", options.calibration_tokens, least=seq_len)
     check_whole("--levels", options.levels, least=1)
+    check_whole("--multiple", options.multiple, least=0)
     check_choice("--heads", options.heads, HEAD_MODES)
     if Path(options.run_dir).is_file():
         raise ValueError(f"{options.run_dir} is a file; RUN_DIR is a directory, new or of a search")
@@ -512,6 +515,7 @@ def _search(options: argparse.Namespace) -> None:
     device, config = str(resolve_device(options.device)), search_config(options.p)
     source = Source(options.model, options.dtype, device, options.text, options.column, options.seq_len,
                     options.calibration_tokens, heads=options.heads, n_levels=options.levels,
+                    multiple=options.multiple,
                     latency="latency" in config.target.limits)
     tokens = options.text_tokens and dict.fromkeys(SPLITS, options.text_tokens)
     search, _ = prepare_search(source, options.run_dir, config, lambda what: log.info("%s", what), tokens)
@@ -597,7 +601,8 @@ def export_options(parser: argparse.ArgumentParser) -> None:
                "padded and gguf: fill uneven groups of query heads with zero heads instead of refusing them")
     add_option(parser, "--keep-head-count", False,
                "padded: keep the dense number of query heads, for engines that derive head_dim from it")
-    add_option(parser, "--quantise", "", "gguf: q8_0, q5_0 or q4_0 instead of the model's dtype")
+    words = f"gguf: one of {', '.join(QUANTISED)} instead of the model's dtype"
+    add_option(parser, "--quantise", "", words)
     add_option(parser, "--vllm", False, "hf: refuse what vLLM's Transformers backend does not run")
     add_option(parser, "--max-shard-size", "5GB", "hf and padded: split larger weights into several files")
     winner_options(parser)

@@ -97,7 +97,7 @@ def prepare_search(
         model, tokenizer = source.load_model()
     say("reading the text")
     pools = source.load_pools(tokenizer, tokens, progress=False)
-    check_search(model, pools, config, source.heads, source.n_levels)
+    check_search(model, pools, config, source.heads, source.n_levels, source.multiple)
     say("building the level database")
     database = source.build_database(model, pools, run_dir / "database", progress=False)
     is_new = not (run_dir / "config.json").exists()  # a run keeps the costs that it began with
