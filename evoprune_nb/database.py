@@ -242,6 +242,10 @@ class LevelDatabase(UnitFiles):
         other._space = space
         return other
 
+    def add_costs(self, space: Space) -> None:
+        "Price genomes by other costs from now on, for all who hold this object; else like `with_space`."
+        self._space = self.with_space(space).space
+
     def kept(self, unit: int, level: int) -> torch.Tensor:
         "Indices of the structures a unit keeps at a level, ascending."
         return kept_structures(self.orders[unit], self.space.removed[unit][level])

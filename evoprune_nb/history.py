@@ -305,8 +305,9 @@ class RunCosts(RunStatus):
 
     @property
     def seconds(self) -> float:
-        "Time spent on evaluations so far."
-        return sum(row["seconds"] for attempt in self.attempts for row in attempt.evaluations)
+        "Time spent so far on evaluations, and on training elastic models."
+        training = sum(row.get("seconds", 0.0) for row in self.events if row["event"] == "elastic")
+        return training + sum(row["seconds"] for attempt in self.attempts for row in attempt.evaluations)
 
     @property
     def progress(self) -> tuple[int, int, float | None]:

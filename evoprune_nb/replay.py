@@ -19,7 +19,7 @@ from .genome import Genome
 from .history import History
 from .latency_table import with_stored_latency
 from .runlog import RunDiverged
-from .search import AllDisqualified, Search, fingerprints
+from .search import AllDisqualified, Search, fingerprints, own_database
 from .selection import StageEvaluator
 
 # %% ../nbs/25_replay.ipynb #e95d6978
@@ -85,6 +85,7 @@ def replay(
     config: SearchConfig = recorded.config
     if "latency" in config.target.limits:
         database = with_stored_latency(model, database)
+    database = own_database(Path(run_dir), database)
     check_same_inputs(run_dir, recorded.settings["fingerprints"], fingerprints(database, pools, config))
     search = Search(new_dir, model, database, pools, config, evaluator, recorded.source)
     return follow(search, commands_of(run_dir), progress)

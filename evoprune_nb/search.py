@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints', 'fitted_parent', 'mutants', 'entrants',
-           'propose', 'heldout_loss', 'create_run', 'check_same_search', 'open_run', 'evaluation_row', 'row_evaluation',
-           'position_after', 'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations',
-           'SharedWeights', 'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
-           'end_generation', 'selection', 'observations', 'train_elastic', 'generation_steps', 'search_steps',
-           'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'held', 'first_evaluations', 'Search',
-           'check_search']
+           'propose', 'heldout_loss', 'create_run', 'check_same_search', 'open_run', 'own_database', 'evaluation_row',
+           'row_evaluation', 'position_after', 'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue',
+           'Evaluations', 'SharedWeights', 'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps',
+           'AllDisqualified', 'give_up', 'end_generation', 'selection', 'observations', 'train_elastic',
+           'generation_steps', 'search_steps', 'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'held',
+           'first_evaluations', 'Search', 'add_costs', 'check_search']
 
 # %% ../nbs/23_search.ipynb #3f6c4a56
 import math
@@ -265,6 +265,20 @@ def open_run(
                 for name, pool in inputs.pools.items()}}
         create_run(run_dir, plain_json(mine | about | ({"source": asdict(source)} if source else {})))
     check_same_search(run_dir, mine)
+
+# %% ../nbs/23_search.ipynb #9bcb390c
+def own_database(
+    run_dir: Path,  # of a search, new or not
+    database: LevelDatabase,  # of the dense model
+) -> LevelDatabase:
+    "The database for this search alone: with the latencies that its run has in its record, if it has any."
+    mine = database.space
+    if "latency" not in mine.costs and (run_dir / "config.json").exists():
+        _, there = parse_settings(run_dir, read_settings(run_dir))
+        if "latency" in there.costs and there.fingerprint == mine.fingerprint:
+            costs, fixed = ({"latency": row["latency"]} for row in (there.costs, there.fixed))
+            mine = replace(mine, costs=mine.costs | costs, fixed=mine.fixed | fixed)
+    return database.with_space(mine)
 
 # %% ../nbs/23_search.ipynb #9f83cdf9
 _OPTIONAL = ("blocks", "host", "device")  # not written when empty
@@ -905,7 +919,8 @@ class Search(SearchView):
         heldout: Callable[[Genome], tuple[float, float | None]] | None = None,  # as `heldout_loss`, elsewhere
     ):
         database = with_stored_latency(model, database) if "latency" in config.target.limits else database
-        self.run_dir, self.model, self.database, self.pools = Path(run_dir), model, database, pools
+        database, self.run_dir = own_database(Path(run_dir), database), Path(run_dir)
+        self.model, self.database, self.pools = model, database, pools
         self.inputs = SearchInputs(model, database, pools, config)
         check_inputs(self.inputs)
         weights = SharedWeights(self.inputs, self.run_dir / "elastic.safetensors")
@@ -949,6 +964,19 @@ class Search(SearchView):
         with tqdm(desc="search", unit="tok", unit_scale=True, disable=not progress) as bar:
             self.drive(SearchBar(bar, self.log))
         return self.parent
+
+# %% ../nbs/23_search.ipynb #a2ce7a5a
+def add_costs(
+    search: Search,  # resting or not
+    space: Space,  # of the same genomes, with more costs
+) -> None:
+    "Let candidates be priced, and limited, by more costs from now on; the run's record keeps them."
+    search.database.add_costs(space)
+    settings = read_settings(search.run_dir)
+    settings["space"] = asdict(space)
+    if "costs" in settings["fingerprints"]:
+        settings["fingerprints"]["costs"] = space.costs_fingerprint
+    write_settings(search.run_dir, settings)
 
 # %% ../nbs/23_search.ipynb #4c8c2a8e
 def check_search(

@@ -1,24 +1,29 @@
 """The panel without a browser: clicks queue commands, the view follows the run directory, and every state looks intended."""
 import gc
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import ipywidgets as widgets
+import numpy as np
 import pytest
 from helpers import by, made_up, short_config, small_pools
 
 from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
+from evoprune_nb.replay import replay
 from evoprune_nb.runlog import write_state
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Stage
 from evoprune_nb.source import Source
-from evoprune_nb.ui import session
-from evoprune_nb.ui.session import check_unchanged, heldout_quality, run_state, run_status
+from evoprune_nb.target import plan_budget
+from evoprune_nb.ui import session, workbench
+from evoprune_nb.ui.session import check_unchanged, heldout_losses, run_state, run_status
 from evoprune_nb.ui.workbench import Workbench, attach, open_run
 from evoprune_nb.ui.worker import Worker
 
@@ -524,9 +529,30 @@ def test_how_good_the_model_is_comes_first(bench):
     panel.driver.background.join()
     panel.refresh()
     assert "–" not in text(panel.candidate.quality) and panel.candidate.measure.disabled
-    kept = json.loads((panel.run_dir / "quality.json").read_text())["losses"]
+    kept = json.loads((panel.run_dir / "quality.json").read_text())["blocks"]
     dense, untuned = kept[panel.history.space.genome([0] * len(panel.history.space.units)).code], kept[code]
-    assert heldout_quality(panel.worker.search.inputs, Genome.parse(code)) == tuple(untuned) and dense != untuned
+    assert heldout_losses(panel.worker.search.inputs, Genome.parse(code)) == untuned and dense != untuned
+
+
+def test_the_gain_has_the_error_of_the_paired_difference(bench):
+    "Of the differences block by block, not of two separate errors; once measured, a fresh panel knows it without a model."
+    panel = finished(bench())
+    panel.candidate.choice.value = code = panel.candidate.choice.options[-1][1]
+    panel.refresh()
+    panel.candidate.measure.click()
+    panel.driver.background.join()
+    panel.refresh()
+    uniform = plan_budget(panel.history.space, panel.history.rules.target)[1].code
+    inputs = panel.worker.search.inputs
+    mine, theirs = (np.array(heldout_losses(inputs, Genome.parse(genome))) for genome in (code, uniform))
+    difference, error = (mine - theirs).mean(), (mine - theirs).std(ddof=1) / len(mine) ** 0.5
+    assert panel.driver.quality.gain(code, uniform) == pytest.approx((difference, error))
+    words = f"{100 * (math.exp(difference) - 1):+.1f} % ± {100 * math.exp(difference) * error:.2g}"
+    assert words in " ".join(text(panel.candidate.quality).split())
+    fresh = Workbench(panel.run_dir, refresh_seconds=None)
+    fresh.candidate.choice.value = code
+    fresh.refresh()
+    assert words in " ".join(text(fresh.candidate.quality).split())
 
 
 def test_the_winner_so_far_was_scored_in_the_last_stage(bench):
@@ -617,6 +643,39 @@ def test_units_are_timed_only_when_a_limit_or_the_source_asks(small, tmp_path, m
     for made, config in ((Made(latency=True), short_config()), (Made(), short_config(limits={"latency": 0.7}))):
         with pytest.raises(Timed):
             session.prepare_search(made, tmp_path / "b", config, lambda _: None)
+
+
+def test_latency_can_be_limited_once_the_units_are_timed(bench, small, tmp_path, monkeypatch):
+    "The settings say that, and offer it; then there is a field, the run keeps the prices, and goes on and repeats without a table."
+    model, database = small
+
+    def timed(search):
+        space = search.space
+        costs = tuple(tuple(float(kept) for kept in row) for row in space.costs["params"])
+        return replace(space, costs=space.costs | {"latency": costs}, fixed=space.fixed | {"latency": 1.0})
+
+    monkeypatch.setattr(workbench, "timed_space", timed)
+    panel = finished(bench(generations=2))
+    says = lambda: " ".join(text(part) for part in tree(panel.steering.form_box) if isinstance(part, widgets.HTML))
+    assert "latency" not in panel.steering.form.target.limits and "Time the units" in says() and panel.candidate.time_units in tree(panel.steering.form_box)
+    panel.candidate.time_units.click()
+    panel.driver.background.join()
+    panel.refresh()
+    form = panel.steering.form
+    assert "Time the units" not in says() and panel.candidate.time_units.disabled and "estimated latency" in text(panel.gallery.views["costs"])
+    form.target.limits["latency"].value, form.fields["generations"].value = "0.55", "4"
+    form.apply.click()
+    panel.refresh()
+    assert not panel.run.start.disabled
+    history = finished(panel).history
+    assert "latency" not in database.space.costs, "others who hold the database do not see it"
+    cost, dense = history.space.cost(history.winner, "latency"), history.space.dense_cost("latency")
+    assert history.finished and history.generation == 4 and cost <= 0.55 * dense
+    assert History(panel.run_dir).space.cost(history.winner, "latency") == cost
+    config = short_config(generations=2)
+    again = Search(panel.run_dir, model, database, small_pools(), config, by(made_up))
+    assert again.parent == history.winner
+    assert replay(panel.run_dir, tmp_path / "replayed", model, database, small_pools(), False, by(made_up)) == history.winner
 
 
 def test_levels_have_buttons_where_their_cost_is_known(bench):

@@ -693,7 +693,12 @@ def _tokens_used(history: History) -> tuple[np.ndarray, np.ndarray]:
     if not parts:
         return np.array([]), np.array([])
     groups = pd.concat(parts).sort_values("time").groupby(["branch", "generation"], sort=False)
-    return groups.new_tokens.sum().cumsum().to_numpy(), groups.scoring_tokens.sum().cumsum().to_numpy()
+    tuning = groups.new_tokens.sum().cumsum().to_numpy()
+    ends = groups.time.max().to_numpy()
+    for row in history.events:  # of method "elastic": trained before the candidates of a generation
+        if row["event"] == "elastic":
+            tuning = tuning + row["tokens"] * (ends > row["time"])
+    return tuning, groups.scoring_tokens.sum().cumsum().to_numpy()
 
 
 def _short(value: float, _: int) -> str:
@@ -763,7 +768,8 @@ def sensitivity_figure(
                      for row in rows.itertuples()]
             add_hints(axes, rows.layer + 0.2 * step, rows.nats, words, find_theme(theme), 80)
             axes.bar(rows.layer + 0.2 * step, rows.nats, 0.4, yerr=rows.error, color=color, hatch=hatch,
-                     edgecolor="white", linewidth=0.5, label=label, error_kw={"linewidth": 0.8})
+                     edgecolor="white", linewidth=0.5, label=label,
+                     error_kw={"linewidth": 0.8, "ecolor": find_theme(theme).ink})
         axes.axhline(0, color=find_theme(theme).ink, linewidth=0.6)
         axes.set(ylabel="nats per token", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -807,7 +813,7 @@ def level_map_figure(
         for unit, level in zip(space.units, genome.levels):
             if unit.kind == kind:
                 corner = unit.layer - 0.48, level - 0.48
-                axes.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor=colors.ink, linewidth=1.5))
+                axes.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor="black", linewidth=1.5))
         add_hints(axes, *zip(*cells), colors, 120)
         name = "attention" if kind == "attn" else "MLP"
         axes.set(ylabel=f"level of {name}\n(0: all is kept)", xlabel="layer" if kind == kinds[-1] else "")

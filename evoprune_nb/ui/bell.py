@@ -17,17 +17,22 @@ function render({model, el}) {
   const button = document.createElement("button");
   button.className = "jupyter-button widget-button evo-bell";
   button.title = "Show a browser notification when a run finishes or fails, while this page is open";
+  let refused = false;
   const label = () => {
     const last = model.get("rung").at(-1);
     const icon = document.createElement("i");
     icon.className = model.get("on") ? "fa fa-bell" : "fa fa-bell-slash";
-    button.replaceChildren(icon, (model.get("on") ? " Bell on" : " Bell off") + (last ? `: ${last[0]}` : ""));
+    const why = refused ? ": the browser shows no notifications" : "";
+    const state = model.get("on") ? " Bell on" : " Bell off" + why;
+    button.replaceChildren(icon, state + (last ? `: ${last[0]}` : ""));
     button.setAttribute("aria-pressed", model.get("on"));
   };
   button.addEventListener("click", async () => {
-    const on = !model.get("on") && await Notification.requestPermission() === "granted";
-    model.set("on", on);
+    const wanted = !model.get("on"), there = "Notification" in window;
+    refused = wanted && !(there && await Notification.requestPermission() === "granted");
+    model.set("on", wanted && !refused);
     model.save_changes();
+    label();
   });
   model.on("change:on", label);
   model.on("change:rung", () => {

@@ -12,7 +12,6 @@ from html import escape
 
 import ipywidgets as widgets
 
-from ..genome import Space
 from ..history import History
 from .controls import Say, button, column, hinted, row
 from .panel import STYLE, generation_progress, run_stats, stats_html
@@ -206,8 +205,7 @@ class CandidateCard:
             tooltip=tooltip, layout=widgets.Layout(width="330px", margin="0"))
         self.quality, self.say = html(), Say("candidate")
         self.of = ""  # code of the candidate that has written
-        self.timed: Space | None = None  # with latencies that were measured for this card
-        self.timing = False  # whether they are being measured
+        self.timing = False  # whether units are being timed
         self.choice.observe(lambda _: changed(), "value")
         self.edit = button("Copy to draft", "Begin a draft from this candidate", copy, "copy")
         self.prompt = _text_field("The city is located in", "a prompt", "Text for both models to go on from")
@@ -216,7 +214,7 @@ class CandidateCard:
         self.answer = html()
         tooltip = "Perplexity of this candidate, untuned, on held-out text"
         self.measure = button("Measure quality", tooltip, measure, "dashboard")
-        tooltip = "Measure on this machine how long every unit takes, to price candidates; minutes"
+        tooltip = "How long every unit takes here: to price and limit latency; minutes, while the search rests"
         self.time_units = button("Time the units", tooltip, time_units, "clock-o")
 
     def offer(self, options: Iterable[tuple[str, str]]) -> None:

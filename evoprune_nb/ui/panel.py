@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'Quality', 'with_titles', 'picture', 'short', 'duration', 'stats_html', 'badge', 'perplexity_html',
-           'quality_html', 'waiting_html', 'error_html', 'table', 'generation_progress', 'run_stats',
-           'candidate_options', 'cost_rows', 'candidate_html', 'continuation_html', 'lineage_html', 'log_html',
-           'budget_html']
+           'gain_html', 'quality_html', 'waiting_html', 'error_html', 'table', 'generation_progress', 'stage_stats',
+           'run_stats', 'candidate_options', 'cost_rows', 'candidate_html', 'continuation_html', 'lineage_html',
+           'log_html', 'budget_html']
 
 # %% ../../nbs/ui/01_panel.ipynb #0c94ba23
 import io
@@ -231,21 +231,28 @@ def perplexity_html(found: Quality | None) -> str:
     spread = f"<small>± {value * found[1]:.2g}</small>" if found[1] is not None else ""
     return f"<b>{value:.4g}</b>{spread}"
 
+# %% ../../nbs/ui/01_panel.ipynb #e3673e48
+def gain_html(gain: Quality) -> str:
+    "A difference of losses as a change of perplexity in percent; coloured where it is beyond its error."
+    ratio, error = math.exp(gain[0]), gain[1]
+    good = "" if not error or abs(gain[0]) <= error else "evo-good" if ratio < 1 else "evo-bad"
+    words = "Change of perplexity, and the standard error of the difference block by block, on the same text"
+    spread = f"<small>± {100 * ratio * error:.2g}</small>" if error else ""
+    return f'<b class="{good}" title="{words}">{100 * (ratio - 1):+.1f} %</b>{spread}'
+
 # %% ../../nbs/ui/01_panel.ipynb #5df2727c
 def quality_html(
     known: dict[str, Quality],  # genome code → what was measured
     codes: dict[str, str],  # dense, uniform and a third model → genome code
     about: str,  # how it was measured, or why it is not
+    gain: Quality | None = None,  # difference of the third from the uniform one, block by block
 ) -> str:
     "Held-out perplexity of three models, and what the third gains over the uniform one."
     part = lambda name, shown: f"<div><span>{escape(name)}</span>{shown}</div>"
     parts = [part(name, perplexity_html(known.get(code))) for name, code in codes.items()]
     uniform, third = (known.get(code) for code in list(codes.values())[1:])
     if uniform and third:
-        change = 100 * (math.exp(third[0] - uniform[0]) - 1)
-        beyond = abs(third[0] - uniform[0]) > math.hypot(third[1] or 0, uniform[1] or 0)
-        good = "" if not beyond else "evo-good" if change < 0 else "evo-bad"
-        parts.append(part("against uniform", f'<b class="{good}">{change:+.1f} %</b>'))
+        parts.append(part("against uniform", gain_html(gain or (third[0] - uniform[0], None))))
     words = f'<div class="evo-quiet">Held-out perplexity before post-training, {escape(about)}</div>'
     return f'<div class="evo-quality">{"".join(parts)}</div>{words}'
 
@@ -295,11 +302,28 @@ def _shown_stage(history: History) -> int | None:
     stage = history.state["stage"]
     return stage if stage is not None or here.empty else int(here.stage.iloc[-1])
 
+# %% ../../nbs/ui/01_panel.ipynb #f24cd257
+_PHASES = {"scan": ("scan", "of sensitivities"), "evolve": ("evolution", "in the elastic model")}
+
+
+def stage_stats(history: History) -> dict[str, str]:
+    "Which stage is under way; of method elastic, first what the generation is for."
+    position, stage = history.position, _shown_stage(history)
+    if history.finished:
+        return {"stage": "–"}
+    if position.current is None and position.needs_training and history.state["status"] == "running":
+        return {"of the elastic model": "training"}
+    phase = history.rules_in_force.phase
+    if phase in _PHASES:
+        value, name = _PHASES[phase]
+        return {name: value}
+    where = "–" if stage is None else f"{stage + 1} of {len(history.rules_in_force.stages)}"
+    return {"stage of the race" if phase else "stage": where}
+
 # %% ../../nbs/ui/01_panel.ipynb #c1a3a146
 def run_stats(history: History, load: dict[str, str] | None = None) -> dict[str, str]:
     "The numbers of the run card; `load`: what the machine that drives it says of itself."
-    state, rules, stage = history.state, history.rules_in_force, _shown_stage(history)
-    left = history.progress[2]
+    state, rules, left = history.state, history.rules_in_force, history.progress[2]
     used, seconds = sum(history.tokens.values()), history.seconds
     names = candidate_names(history, history.generation, history.branch)
     candidate = state.get("candidate") if state["status"] == "running" else None
@@ -307,12 +331,12 @@ def run_stats(history: History, load: dict[str, str] | None = None) -> dict[str,
     on_branch = f", branch {history.branch}" if history.branch else ""
     return {
         f"generation{on_branch}": f"{generation} of {rules.generations}",
-        "stage": "–" if stage is None or history.finished else f"{stage + 1} of {len(rules.stages)}",
+        **stage_stats(history),
         "candidate": names.get(candidate, "new") if candidate else "–",
         "tokens used": short(used),
         "time used": duration(seconds),
         "time left": "–" if history.finished or left is None else f"≈ {duration(left)}",
-        "tokens/second": short(used / seconds) if seconds else "–",
+        "tokens per second": short(used / seconds) if seconds else "–",
     } | (load or {})
 
 # %% ../../nbs/ui/01_panel.ipynb #061dae71
@@ -356,7 +380,7 @@ def candidate_html(genome: Genome, space: Space) -> str:
     rows = table(("", "candidate", "dense", "share"), cost_rows(genome, space))
     if "latency" in space.costs:
         return rows
-    words = "Latency is not measured on this machine: “Time the units” does it."
+    words = "Latency is not measured on this machine: “Time the units” does it, while the search rests."
     return rows + f'<p class="evo-quiet">{words}</p>'
 
 # %% ../../nbs/ui/01_panel.ipynb #fb8fbe12

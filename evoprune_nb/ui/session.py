@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIVE', 'Make', 'Background', 'prepare_search', 'database_progress', 'shapes_timed', 'check_unchanged', 'run_state',
            'driver_name', 'driver_memory', 'Machine', 'gpu_memory', 'queued_commands', 'coming_commands',
-           'heldout_tokens', 'heldout_quality', 'Quality', 'Driver', 'elsewhere', 'can_drive', 'run_status',
-           'driving_mode', 'continue_prompt', 'timed_space', 'compare_continuations']
+           'heldout_tokens', 'heldout_losses', 'reference_codes', 'mean_and_error', 'Quality', 'Driver', 'elsewhere',
+           'can_drive', 'run_status', 'driving_mode', 'continue_prompt', 'timed_space', 'compare_continuations']
 
 # %% ../../nbs/ui/03_session.ipynb #33a22b29
 import os
@@ -15,10 +15,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -37,6 +38,7 @@ from ..runlog import plain_json, read_settings, read_state
 from ..search import Search, SearchInputs, check_same_search, check_search
 from ..source import Source
 from ..steering import describe
+from ..target import plan_budget
 from .worker import Worker, worker_of
 
 # %% ../../nbs/ui/03_session.ipynb #a2b3167c
@@ -216,37 +218,58 @@ def heldout_tokens(inputs: SearchInputs) -> int:
     return min(max(wanted, pool.seq_len), pool.n_tokens)
 
 
-def heldout_quality(inputs: SearchInputs, genome: Genome) -> tuple[float, float | None]:
-    "Loss of a genome, untuned, on held-out text in nats per token, and its standard error over blocks."
+def heldout_losses(inputs: SearchInputs, genome: Genome) -> list[float]:
+    "Losses of a genome, untuned, on the blocks of held-out text, in nats per token."
     blocks = inputs.pools["heldout"].draw(heldout_tokens(inputs), derive_seed("heldout"))
-    candidate = materialize(inputs.model, inputs.database, genome, trainable=False)
-    each = torch.tensor(block_losses(candidate, blocks), dtype=torch.float64)
-    return each.mean().item(), each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
+    return block_losses(materialize(inputs.model, inputs.database, genome, trainable=False), blocks)
+
+
+def reference_codes(history: History) -> dict[str, str]:
+    "What candidates are compared with: dense and uniform → genome code."
+    space = history.space
+    dense, uniform = space.genome([0] * len(space.units)), plan_budget(space, history.rules.target)[1]
+    return {"dense": dense.code, "uniform": uniform.code}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    "The mean, and its standard error; None of a single value."
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 # %% ../../nbs/ui/03_session.ipynb #11d99f19
 class Quality:
-    "Held-out losses of a run's genomes: measured once, and kept in its directory."
+    "Held-out losses of a run's genomes, block by block: measured once, and kept in its directory."
 
     def __init__(self, run_dir: Path):
         self.path, self._asked = run_dir / "quality.json", set()
-        self.tokens, self._losses = 0, {}
+        self.tokens, self.blocks = 0, {}  # genome code → loss per block
         self._read()
 
     def _read(self) -> None:
         if self.path.exists():
             row = read_json(self.path)
-            self.tokens, self._losses = row["tokens"], row["losses"] | self._losses
+            self.tokens, self.blocks = row["tokens"], row.get("blocks", {}) | self.blocks
 
     def known(self, history: History) -> dict[str, tuple[float, float | None]]:
         "Genome code → loss and standard error, also of what the search itself has measured."
         rows = history.survivors.dropna(subset=["heldout_loss"])
         error = lambda row: None if row.heldout_stderr != row.heldout_stderr else row.heldout_stderr
-        return self._losses | {row.genome: (row.heldout_loss, error(row)) for row in rows.itertuples()}
+        measured = {code: mean_and_error(losses) for code, losses in list(self.blocks.items())}
+        return measured | {row.genome: (row.heldout_loss, error(row)) for row in rows.itertuples()}
 
-    def ask(self, codes: Iterable[str], history: History) -> list[str]:
-        "Those that have not been measured, nor asked for until now."
-        known = self.known(history)
-        new = [code for code in dict.fromkeys(codes) if code not in known and code not in self._asked]
+    def about(self, history: History) -> list[str]:
+        "How it was measured, in words, if it was."
+        tokens = self.tokens or history.config.heldout_tokens
+        return [f"on {tokens:,} tokens, ± standard error over blocks"] if tokens else []
+
+    def gain(self, code: str, reference: str) -> tuple[float, float | None] | None:
+        "Difference of two losses and its standard error, paired by block; None before both are measured."
+        if code not in self.blocks or reference not in self.blocks:
+            return None
+        return mean_and_error([a - b for a, b in zip(self.blocks[code], self.blocks[reference])])
+
+    def ask(self, codes: Iterable[str]) -> list[str]:
+        "Those whose blocks have not been measured, nor asked for until now."
+        new = [code for code in dict.fromkeys(codes) if code not in self.blocks and code not in self._asked]
         self._asked.update(new)
         return new
 
@@ -255,10 +278,10 @@ class Quality:
         if not (tokens := heldout_tokens(search.inputs)):
             raise ValueError("there is no held-out text; load_pools gives all splits when `tokens` is None")
         for code in codes:
-            self._losses[code] = heldout_quality(search.inputs, Genome.parse(code))
+            self.blocks[code] = heldout_losses(search.inputs, Genome.parse(code))
             self._read()
             self.tokens = tokens
-            write_json(self.path, {"tokens": tokens, "losses": self._losses})
+            write_json(self.path, {"tokens": tokens, "blocks": self.blocks})
 
 # %% ../../nbs/ui/03_session.ipynb #4bcb04b8
 Make = Callable[[Callable[[str], None]], tuple[Search, object]]  # say → search and tokenizer

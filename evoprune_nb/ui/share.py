@@ -14,14 +14,15 @@ from pathlib import Path
 from ..history import History
 from ..machine.files import check_writable, write_text
 from .gallery import Moment, Moments, latest_moment, picture_parts, text_parts
-from .panel import STYLE, badge, run_stats, stats_html
+from .panel import STYLE, badge, quality_html, run_stats, stats_html
+from .session import Quality, reference_codes
 
 # %% ../../nbs/ui/14_share.ipynb #e9757ac5
 class Scrapbook:
     "Parts of the panel at several moments, each piece of HTML kept once."
 
-    def __init__(self, fitness_view: str = "relative"):
-        self.fitness_view = fitness_view  # as for `fitness_figure`
+    def __init__(self, quality: Quality, fitness_view: str = "relative"):
+        self.quality, self.fitness_view = quality, fitness_view  # the latter as for `fitness_figure`
         self.pieces: list[str] = []  # HTML
         self._drawn: dict[tuple[str, str], int] = {}  # (part, key) → place in `pieces`
 
@@ -40,7 +41,14 @@ class Scrapbook:
         parts = text_parts(moment, code) | picture_parts(moment, code, self.fitness_view)
         found = {name: self._keep(name, key, make) for name, (key, make) in parts.items()}
         stats = lambda: stats_html(run_stats(moment.history))
-        return {"stats": self._keep("stats", moment.key, stats)} | found
+        quality = self._keep("quality", moment.key, lambda: self._quality(moment.history))
+        return {"quality": quality, "stats": self._keep("stats", moment.key, stats)} | found
+
+    def _quality(self, history: History) -> str:
+        "Held-out perplexity of the winner of then, as far as it was measured."
+        codes = reference_codes(history) | {"winner": history.winner.code}
+        gain = self.quality.gain(codes["winner"], codes["uniform"])
+        return quality_html(self.quality.known(history), codes, "".join(self.quality.about(history)), gain)
 
 # %% ../../nbs/ui/14_share.ipynb #4a825177
 def all_moments(
@@ -53,7 +61,7 @@ def all_moments(
 
 # %% ../../nbs/ui/14_share.ipynb #6065ddd4
 _CARDS = [  # heading → parts below it
-    ("Run", ["stats"]), ("Fitness", ["fitness"]), ("Stages", ["stages"]), ("Genome", ["genome"]),
+    ("Run", ["quality", "stats"]), ("Fitness", ["fitness"]), ("Stages", ["stages"]), ("Genome", ["genome"]),
     ("Candidate", ["costs"]), ("Lineage", ["lineage", "winners"]),
     ("Budget and data", ["tokens", "budget"]), ("Log of commands", ["log"])]
 
@@ -109,7 +117,8 @@ def share_page(
     say: Callable[[str], None] = lambda words: None,  # told how far it is
 ) -> str:
     "The panel's state as one HTML page; nothing in it comes from elsewhere."
-    book, moments, places = Scrapbook(fitness_view), [], all_moments(history)
+    book, moments = Scrapbook(Quality(history.run_dir), fitness_view), []
+    places = all_moments(history)
     for n, (label, moment) in enumerate(places, 1):
         say(f"drawing moment {n} of {len(places)} …")
         chosen = code if n == len(places) and code else moment.history.winner.code
