@@ -138,12 +138,13 @@ class Explorer:
     def follow(self, history: History, tab: str) -> None:
         "Show what is new, in the tab of this name."
         n = sum(len(attempt.evaluations) for attempt in history.attempts)
-        key = (n, len(history.line), self.table.selected if tab == "All candidates" else "")
+        done = n, len(history.line), *history.space.costs
+        key = done, self.table.selected if tab == "All candidates" else ""
         if self._keys.get(tab) == key:
             return
         self._keys[tab] = key
         if tab == "All candidates":
-            self.table.show({"this run": history}, key[:2])
+            self.table.show({"this run": history}, done)
             chosen = [self.table.row["genome"]] if self.table.row else []
             figure = pareto_figure({"this run": history}, "params", "change", chosen, "page")
             self.front.value = picture(figure, "fitness against parameters")
