@@ -84,6 +84,7 @@ def bench(small, tmp_path):
             gate.open()
     for panel in made:
         panel.driver.background.join()
+        panel.driver.measuring.join()
         if panel.driver.driving:
             panel.worker.send({"command": "stop"})
             assert panel.worker.join(WAIT)
@@ -517,7 +518,7 @@ def test_another_search_in_the_same_directory_is_refused(small, tmp_path):
 def test_how_good_the_model_is_comes_first(bench):
     "Dense, uniform and now in held-out perplexity with its error, above the fold; of any candidate on demand; kept with the run."
     panel = prepared(bench())
-    panel.driver.background.join()
+    panel.driver.measuring.join()
     panel.refresh()
     said = text(panel.run.quality)
     assert all(word in said for word in ("dense", "uniform", "now", "±", "+0.0 %", "48 tokens"))
@@ -541,6 +542,7 @@ def test_the_gain_has_the_error_of_the_paired_difference(bench):
     panel.refresh()
     panel.candidate.measure.click()
     panel.driver.background.join()
+    panel.driver.measuring.join()
     panel.refresh()
     uniform = plan_budget(panel.history.space, panel.history.rules.target)[1].code
     inputs = panel.worker.search.inputs

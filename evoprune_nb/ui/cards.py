@@ -14,7 +14,7 @@ import ipywidgets as widgets
 
 from ..history import History
 from .controls import Say, button, column, hinted, row
-from .panel import STYLE, generation_progress, run_stats, stats_html
+from .panel import STYLE, elastic_training, generation_progress, run_stats, short, stats_html
 
 # %% ../../nbs/ui/04_cards.ipynb #119e9d4d
 def html(text: str = "", **layout) -> widgets.HTML:
@@ -130,11 +130,15 @@ def show_progress(run: RunCard, history: History, load: dict[str, str]) -> None:
     "The run's numbers, how far run and generation are, and what the machine says of itself."
     done, total, _ = history.progress
     here, whole = generation_progress(history)
+    words = f"generation: {here} of {whole} evaluations"
+    if (trained := elastic_training(history)) is not None:
+        here, whole = trained, history.config.elastic.training.tokens
+        words = f"elastic model: {short(here)} of {short(whole)} tokens"
     update(run.stats, value=stats_html(run_stats(history, load)))
     update(run.bar_run, max=float(max(total, 1)), value=float(done))
     update(run.bar_generation, max=float(whole), value=float(here))
     update(run.text_run, value=quiet(f"run: {done / max(total, 1):.0%} of the plan"))
-    update(run.text_generation, value=quiet(f"generation: {here} of {whole} evaluations"))
+    update(run.text_generation, value=quiet(words))
 
 # %% ../../nbs/ui/04_cards.ipynb #892486d7
 def show_preparation(run: RunCard, built: int, units: int, timed: int) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'Quality', 'with_titles', 'picture', 'short', 'duration', 'stats_html', 'badge', 'perplexity_html',
-           'gain_html', 'quality_html', 'waiting_html', 'error_html', 'table', 'generation_progress', 'stage_stats',
-           'run_stats', 'candidate_options', 'cost_rows', 'candidate_html', 'continuation_html', 'lineage_html',
-           'log_html', 'budget_html']
+           'gain_html', 'quality_html', 'waiting_html', 'error_html', 'table', 'generation_progress',
+           'elastic_training', 'stage_stats', 'run_stats', 'candidate_options', 'cost_rows', 'candidate_html',
+           'continuation_html', 'lineage_html', 'log_html', 'budget_html']
 
 # %% ../../nbs/ui/01_panel.ipynb #0c94ba23
 import io
@@ -15,6 +15,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+
+from safetensors import safe_open
 
 from ..paper.drawing import Figure
 from ..paper.figures import candidate_names, lineage, swaps
@@ -60,7 +62,7 @@ _CARDS = """\
 
 # %% ../../nbs/ui/01_panel.ipynb #d729701c
 _TABLES = """\
-.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(74px, 1fr)); gap: 6px 10px;}
+.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(84px, 1fr)); gap: 6px 10px;}
 .evo-stats div { min-width: 0;}
 .evo-stats b { display: block; font-size: 15px; font-weight: 600; font-variant-numeric: tabular-nums;}
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
@@ -288,7 +290,7 @@ def generation_progress(history: History) -> tuple[int, int]:
     "Evaluations done in the generation under way (or the last one), and how many it has."
     frame, goes = history.evaluations, history.generations
     if goes.empty:
-        return 0, sum(history.rules.candidates)
+        return 0, sum(history.rules.at(history.generation, history.space).candidates)
     last = goes.iloc[-1]
     joined = len(last.offspring) - last.rules.offspring
     mine = (frame.generation == last.generation) & (frame.branch == last.branch)
@@ -302,16 +304,29 @@ def _shown_stage(history: History) -> int | None:
     stage = history.state["stage"]
     return stage if stage is not None or here.empty else int(here.stage.iloc[-1])
 
+# %% ../../nbs/ui/01_panel.ipynb #80475a22
+def elastic_training(history: History) -> int | None:
+    "Tokens that the elastic model in training had seen when it was last saved; None when none is trained."
+    position = history.position
+    if position.current or not position.needs_training or history.state["status"] != "running":
+        return None
+    try:
+        (saved,) = history.run_dir.glob("elastic*.unfinished.safetensors")
+        with safe_open(saved, framework="pt") as file:
+            return int(file.metadata()["tokens"])
+    except (ValueError, OSError):  # not saved yet, or finished meanwhile
+        return 0
+
 # %% ../../nbs/ui/01_panel.ipynb #f24cd257
 _PHASES = {"scan": ("scan", "of sensitivities"), "evolve": ("evolution", "in the elastic model")}
 
 
 def stage_stats(history: History) -> dict[str, str]:
     "Which stage is under way; of method elastic, first what the generation is for."
-    position, stage = history.position, _shown_stage(history)
+    stage = _shown_stage(history)
     if history.finished:
         return {"stage": "–"}
-    if position.current is None and position.needs_training and history.state["status"] == "running":
+    if elastic_training(history) is not None:
         return {"of the elastic model": "training"}
     phase = history.rules_in_force.phase
     if phase in _PHASES:

@@ -300,7 +300,7 @@ class Driver:
         changed: Callable[[], None],  # called when there is something new to show
     ):
         self.run_dir, self.make, self.why_not, self.tell, self.changed = run_dir, make, why_not, tell, changed
-        self.background = Background()
+        self.background, self.measuring = Background(), Background()  # the second never keeps a start waiting
         self.quality, self.machine = Quality(run_dir), Machine()
         self.preparing: str | None = None  # what is being done before a search can start
         self.error: str | None = None  # traceback of a failed preparation

@@ -122,6 +122,7 @@ class WandB:
     def __init__(self, name: str, settings: dict, place: str):
         import wandb
 
+        self.failed = False
         self.run = wandb.init(project=place or "evoprune", name=name, config=settings, reinit="create_new")
 
     def log(self, entry: Entry) -> None:
@@ -129,9 +130,10 @@ class WandB:
 
     def ring(self, title: str, text: str, failed: bool) -> None:
         self.run.alert(title=title, text=text, level="ERROR" if failed else "INFO")
+        self.failed = failed
 
     def close(self) -> None:
-        self.run.finish()
+        self.run.finish(exit_code=int(self.failed))
 
 # %% ../../nbs/ui/12_trackers.ipynb #43b8ec70
 class MLflow:
@@ -140,7 +142,7 @@ class MLflow:
     def __init__(self, name: str, settings: dict, place: str):
         import mlflow
 
-        self.client = mlflow.MlflowClient()
+        self.client, self.failed = mlflow.MlflowClient(), False
         found = self.client.get_experiment_by_name(place or "evoprune")
         experiment = found.experiment_id if found else self.client.create_experiment(place or "evoprune")
         self.id = self.client.create_run(experiment, run_name=name).info.run_id
@@ -153,9 +155,10 @@ class MLflow:
 
     def ring(self, title: str, text: str, failed: bool) -> None:
         self.client.set_tag(self.id, "status", f"{title}: {text}")
+        self.failed = failed
 
     def close(self) -> None:
-        self.client.set_terminated(self.id)
+        self.client.set_terminated(self.id, "FAILED" if self.failed else "FINISHED")
 
 # %% ../../nbs/ui/12_trackers.ipynb #106f47e3
 TRACKERS: dict[str, Callable[[str, dict, str], Tracker]] = {  # name, as for `report_to` → what it makes

@@ -167,7 +167,7 @@ def send_by_hand(bench: "Workbench", command: dict) -> None:
 def drive(bench: "Workbench", *commands: dict, say: Say | None = None) -> None:
     "Have the worker begin, in the background, with commands that it takes first."
     driver, say = bench.driver, say or bench.run.tell
-    bench.run.tell("starting …")
+    bench.run.tell("starting when the units are timed …" if bench.candidate.timing else "starting …")
 
     def begin() -> None:
         driver.prepare()
@@ -399,7 +399,7 @@ def show_quality(bench: "Workbench", code: str) -> dict[str, tuple]:
     if bench.worker is not None and heldout_tokens(bench.worker.search.inputs):
         if new := quality.ask(codes.values()):
             failed = lambda error: bench.run.tell(error_html(error, "Quality was not measured:"))
-            driver.background.submit(partial(measure_quality, bench, new), failed)
+            driver.measuring.submit(partial(measure_quality, bench, new), failed)
     known, parts = quality.known(history), quality.about(history)
     if bench.worker is None and any(code not in quality.blocks for code in codes.values()):
         parts.append("what is missing is measured once the model is loaded")
