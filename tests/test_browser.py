@@ -390,3 +390,51 @@ def test_an_error_is_shown_with_its_traceback_folded(page):
     page.keyboard.press("Enter")
     expect(traceback).to_be_visible()
     shoot(page, "failed-open")
+
+
+def chosen_tab(page: Page, name: str) -> None:
+    expect(page.locator(".evo .lm-TabBar-tab.lm-mod-current").last).to_have_text(name)
+
+
+def test_candidates_and_units_are_pressed(page):
+    "A row of the table of all candidates is chosen everywhere; a unit pressed in the map of importance goes to the editor."
+    show(page, "attach('run')", 5)
+    badge(page, "finished")
+    tab(page, "All candidates")
+    row = page.locator(".evo-grid:visible tbody tr").nth(2)
+    row.click()
+    expect(row).to_have_class(re.compile("selected"))
+    name = row.locator("td").nth(3).inner_text()
+    expect(page.locator(".evo-figure[aria-label='fitness against parameters'] svg").last).to_be_visible()
+    shoot(page, "all-candidates")
+    tab(page, "Candidates")
+    expect(page.get_by_label("candidate", exact=True).last.locator("option:checked")).to_have_text(re.compile(f"^{name} ·"))
+    expect(page.locator(".evo-figure[aria-label*='of generation 1,']").last).to_be_attached()
+    tab(page, "Importance")
+    page.locator(".evo .evo-cell:visible").nth(5).click()
+    expect(page.locator(".evo", has_text="attn.05: level").last).to_be_visible()
+    expect(page.locator(".evo-figure[aria-label^='expected change of loss'] svg").last).to_be_visible()
+    shoot(page, "importance")
+    press(page, "Edit")
+    chosen_tab(page, "Edit")
+    expect(page.locator(".evo .evo-cell:visible").nth(5)).to_have_class(re.compile("evo-selected"))
+
+
+def test_the_page_of_runs(page):
+    "Rows are filtered and chosen, two runs compared, and one is opened below."
+    show(page, "from evoprune_nb.ui.runs_page import open_runs\nopen_runs('.')", 6)
+    grid = page.locator(".evo-grid").first
+    rows = grid.locator("tbody tr")
+    expect(rows).to_have_count(4)
+    grid.get_by_placeholder("search all columns").fill("finished")
+    expect(rows).to_have_count(2)
+    rows.nth(0).click()
+    expect(rows.nth(0)).to_have_class(re.compile("selected"))
+    expect(page.locator(".evo-figure[aria-label='curves of the chosen runs'] svg").last).to_be_visible()
+    shoot(page, "runs-compared")
+    tab(page, "Pareto")
+    expect(page.locator(".evo-figure[aria-label='heldout against params'] svg").last).to_be_visible()
+    press(page, "Open")
+    badge(page, "finished")
+    expect(page.locator(".evo-quality").first).to_contain_text("against uniform")
+    shoot(page, "run-opened")

@@ -93,12 +93,14 @@ class CompareTab:
         axis, value = self.axis.value, self.value.value or best_value(runs)
         parts = {
             "curves": lambda: picture(curves_figure(runs, value, axis, "page"), "curves of the chosen runs"),
-            "equal": lambda: f"<h4>At equal {AXES[axis]}</h4>" + frame_html(at_equal(runs, value, axis)),
+            "equal": lambda: f"<h4>At equal {AXES[axis]}</h4>" + frame_html(
+                at_equal(runs, value, axis).rename(columns=AXES | VALUES)),
             "seeds": lambda: picture(seeds_figure(runs, value, axis, "page"),
                                      "runs by settings, a dot per seed"),
             "genomes": lambda: picture(winners_figure(runs, "page"), "what the winners keep"),
             "units": lambda: "<h4>Units in which the winners differ most</h4>" + frame_html(
-                genome_differences(runs).query("spread > 0").nlargest(12, "spread").drop(columns="kind")),
+                genome_differences(runs).query("spread > 0").nlargest(12, "spread").drop(columns="kind")
+                .rename(columns={"spread": "spread (% of the unit)"})),
             "settings": lambda: "<h4>Settings that differ</h4>" + frame_html(setting_differences(runs))}
         for name, make in parts.items():
             self.slots[name].show((key, axis, value), make)
