@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['IndexedCache', 'indexed_attention', 'partial_layer', 'resized', 'OwnConfig', 'head_map', 'shrink_attention',
-           'shrink_mlp', 'drop_sublayer', 'renumber_cache', 'fit_layers']
+           'shrink_mlp', 'drop_sublayer', 'renumber_cache', 'fit_layers', 'from_dense_numbers']
 
 # %% ../nbs/09_modeling.ipynb #5b80ae6a
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -184,3 +187,15 @@ def fit_layers(layers: nn.ModuleList, config) -> None:
         elif layer.mlp.down_proj.in_features != own.intermediate_size:
             shrink_mlp(layer.mlp, own.intermediate_size)
     renumber_cache(layers, getattr(config, "layer_types", None))
+
+# %% ../nbs/09_modeling.ipynb #87c7998f
+@contextmanager
+def from_dense_numbers() -> Iterator[None]:
+    "While open, stock layers are built from the dense model's numbers without a warning."
+    log = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

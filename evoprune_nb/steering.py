@@ -37,6 +37,7 @@ SETTINGS = {  # what `set` can change → meaning
     "params": "the largest number of parameters; the parent is moved to the new target",
     "limits": "measure → largest share of the dense model's cost, or null; the parent is moved, too",
     "generations": "how many generations in all",
+    "n_jobs": "candidates evaluated side by side, each with its share of the cores",
 }
 
 # %% ../nbs/21_steering.ipynb #e8e8ae59
@@ -123,6 +124,7 @@ def _stage_rows(setting: str, value) -> list[dict]:
 # %% ../nbs/21_steering.ipynb #6e760019
 _CHECKS = {  # setting → function of (setting, value), to the value as JSON
     "offspring": check_whole, "max_swaps": check_whole, "generations": check_whole, "params": check_whole,
+    "n_jobs": check_whole,
     "lr": _real, "sparsity": _real, "operator": _name, "fitness": _name,
     "limits": _limits, "stages": _stage_rows,
 }

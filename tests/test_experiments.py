@@ -41,6 +41,9 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
         post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm]", variants="{half: {elastic_tokens: 512}}", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
+    "serving": dict(
+        seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
+        run_dir="{}/runs/serving"),
     "train_tiny": dict(tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
 }
 

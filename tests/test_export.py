@@ -135,7 +135,7 @@ def reports(made, tokenizer, tmp_path_factory):
     home = tmp_path_factory.mktemp("elsewhere")
     environment = os.environ | {"HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", RELOAD, str(root), str(home / "report.json")], cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "per-layer attribute" not in done.stderr, done.stderr
     return json.loads((home / "report.json").read_text())
 
 

@@ -87,7 +87,7 @@ def test_the_check_answers_with_the_command_in_full(small):
 
 
 @pytest.mark.parametrize("setting, value, expected", [
-    ("offspring", 6, dict(offspring=6)), ("max_swaps", 1, dict(max_swaps=1)), ("generations", 9, dict(generations=9)), ("fitness", "perplexity", dict(fitness="perplexity")),
+    ("offspring", 6, dict(offspring=6)), ("max_swaps", 1, dict(max_swaps=1)), ("generations", 9, dict(generations=9)), ("n_jobs", 2, dict(n_jobs=2)), ("fitness", "perplexity", dict(fitness="perplexity")),
     ("lr", 0.5, dict(training=Training(lr=0.5, batch_size=2))), ("sparsity", 0.3, dict(sparsity=0.3)), ("params", 50_000, dict(params=50_000)),
     ("limits", {"flops": 0.9}, dict(sparsity=0.5, limits={"flops": 0.9})), ("stages", [{"survivors": 1, "tuning_tokens": 0, "scoring_tokens": 64}], dict(stages=(Stage(1, 0, 64),))), ("operator", "level_swap", {})])
 def test_each_setting_can_be_changed(setting, value, expected):

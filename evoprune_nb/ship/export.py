@@ -29,7 +29,7 @@ from ..history import History
 from ..machine.attention import use_attention_in_blocks
 from ..machine.device import resolve_device, resolve_dtype
 from ..machine.files import read_json, write_text, written_whole
-from ..modeling import fit_layers
+from ..modeling import fit_layers, from_dense_numbers
 from ..models import decoder_layers, load_model, load_weights, norm_names
 from .cards import Card, base_license, evaluation_scores, write_card
 from .layers import PREFIX, per_layer_config, stock_class, stock_config
@@ -50,7 +50,8 @@ class PrunedModel({body}):
     config_class = PrunedConfig
 
     def __init__(self, config):
-        super().__init__(config)
+        with from_dense_numbers():
+            super().__init__(config)
         fit_layers(self.layers, config)
 
 
@@ -59,7 +60,8 @@ class PrunedForCausalLM({model}):
     config_class = PrunedConfig
 
     def __init__(self, config):
-        super().__init__(config)
+        with from_dense_numbers():
+            super().__init__(config)
         fit_layers(self.get_decoder().layers, config)
 '''
 _AUTO_MAP = {
@@ -136,7 +138,8 @@ def export_hf(
 # %% ../../nbs/ship/02_export.ipynb #172c3465
 def _pruned_class(stock_type: str) -> type[nn.Module]:
     "The class in `modeling_pruned.py` for a type such as \"llama\", from this package's own text of it."
-    namespace = {"__name__": __name__, "fit_layers": fit_layers, "introduce_to_peft": introduce_to_peft}
+    tools = (fit_layers, from_dense_numbers, introduce_to_peft)
+    namespace = {"__name__": __name__, **{tool.__name__: tool for tool in tools}}
     exec(_classes(transformers.CONFIG_MAPPING[stock_type]), namespace)
     return namespace["PrunedForCausalLM"]
 

@@ -32,7 +32,7 @@ from ..genome import HEAD_MODES, Genome
 from ..history import History
 from ..judge.evaluation import evaluate, evaluation_report, load_tasks, write_task, zero_shot
 from ..judge.latency import _check_models, kv_cache_bytes, measure_latency, peak_memory
-from ..machine.checks import check_choice, check_number, check_whole, nearest
+from ..machine.checks import check_choice, check_file_name, check_number, check_whole, nearest
 from ..machine.device import resolve_device, resolve_dtype
 from ..machine.files import check_target, check_writable
 from ..machine.fetch import cache_dir
@@ -90,7 +90,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--grid", [], "one report for each value of a parameter, e.g. --grid sparsity 0.4,0.5 "
                "(may be repeated: all combinations)", nargs=2, action="append", type=str,
                metavar=("NAME", "LIST"))
-    add_option(parser, "--name", "", "name of the report (default: that of the notebook)")
+    add_option(parser, "--name", "", "name of the report, and of its run directory unless run_dir is set "
+               "(default: those of the notebook)")
     add_option(parser, "--reports", "reports", "directory of reports")
     add_option(parser, "--again", False, "also make reports that are there already")
     add_option(parser, "--list", False, "list the notebook's parameters and stop")
@@ -140,21 +141,29 @@ def planned_runs(
     given, runs = (_parameter_file(options.f) if options.f else {}) | dict(options.p), []
     for notebook in options.notebooks:
         known = notebook_parameters(notebook)
-        axes = _axes(options, known)
+        axes, own = _axes(options, known), _own_run_dir(options.name, known) | given
         if not axes or list(axes) == ["seeds"]:
-            runs.append((notebook, given | {name: values[0] for name, values in axes.items()}, options.name))
+            runs.append((notebook, own | {name: values[0] for name, values in axes.items()}, options.name))
             continue
         for key in grid(**axes):
             values = given | key
             check_parameters(notebook, values)
             base = options.name or Path(values.get("report_dir") or default_text(known, "report_dir")).name
-            places = _places(values.get("run_dir") or default_text(known, "run_dir"), key, known)
+            places = _places(own.get("run_dir") or default_text(known, "run_dir"), key, known)
             runs.append((notebook, places | values, f"{base or Path(notebook).stem}-{_words(key)}"))
     for notebook, values, _ in runs:
         check_values(notebook, check_parameters(notebook, values))
     return runs
 
 # %% ../../nbs/ui/21_cli.ipynb #8c88d1ae
+def _own_run_dir(name: str, known: dict) -> dict[str, str]:
+    "A named report has a run directory of that name, beside the notebook's own."
+    default = default_text(known, "run_dir")
+    if name:
+        check_file_name("name of the report", name)
+    return {"run_dir": str(Path(default).with_name(name))} if name and default else {}
+
+
 def _places(run_dir: str, key: dict, known: dict) -> dict[str, str]:
     "A run directory for each place in the grid, and one level database for all seeds."
     rest = {name: value for name, value in key.items() if name != "seed"}
@@ -493,8 +502,8 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--device", "auto", "cpu, cuda, mps …; auto: the best there is")
     add_option(parser, "--heads", known.heads, "how heads are counted off: free, query or group")
     add_option(parser, "--levels", known.n_levels, "levels of a unit, from dense to gone")
-    add_option(parser, "--multiple", known.multiple, "MLP widths are multiples of it: 32 or 256 for quantised "
-               "GGUF files")
+    words = "MLP widths are multiples of it: 32 or 256 for quantised GGUF files"
+    add_option(parser, "--multiple", known.multiple, words)
 
 # %% ../../nbs/ui/21_cli.ipynb #f6db4d93
 def _check_search(options: argparse.Namespace) -> None:

@@ -468,7 +468,7 @@ class StageTable:
 # %% ../../nbs/ui/02_controls.ipynb #4e36d60b
 _LIMITS = {"flops": "FLOPs", "kv_bytes": "K/V cache", "latency": "latency"}  # measure → name of its field
 _LABELS = {"offspring": "offspring (λ)", "max_swaps": "mutation strength", "operator": "mutation operator",
-           "lr": "learning rate"}
+           "lr": "learning rate", "n_jobs": "side by side"}
 
 # %% ../../nbs/ui/02_controls.ipynb #801c1acb
 def setting_fields() -> dict[str, widgets.Widget]:
@@ -483,6 +483,7 @@ def setting_fields() -> dict[str, widgets.Widget]:
         "fitness": choice(FITNESS, "What candidates are scored by; lower is better"),
         "lr": number("lr", "Learning rate of the tuning", whole=False),
         "generations": number("generations", "Generations in all"),
+        "n_jobs": number("n_jobs", "Candidates evaluated side by side, each with its share of the cores"),
     }
 
 # %% ../../nbs/ui/02_controls.ipynb #604817fe
@@ -541,7 +542,7 @@ def settings_of(config: ActiveConfig) -> dict[str, object]:
 
 def setting_names() -> tuple[str, ...]:
     "Names of the settings that are one number or one choice."
-    return "offspring", "max_swaps", "operator", "fitness", "lr", "generations"
+    return "offspring", "max_swaps", "operator", "fitness", "lr", "generations", "n_jobs"
 
 # %% ../../nbs/ui/02_controls.ipynb #dead66fe
 def setting_commands(
