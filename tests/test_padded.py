@@ -192,3 +192,14 @@ def test_a_wrong_checkpoint_is_never_left_behind(made, tokenizer, tmp_path, monk
     with pytest.raises(RuntimeError, match="computes other logits than the pruned model"):
         export_padded(candidate, tokenizer, tmp_path / "wrong")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-rope", "gemma3"])
+def test_older_software_finds_the_rotary_frequencies(made, tokenizer, tmp_path, family):
+    "The names of transformers 4 stand beside `rope_parameters` and say the same, where they can: not for frequencies by kind of layer."
+    export_padded(made(family, "thin")[0], tokenizer, tmp_path / "out")
+    row = json.loads((tmp_path / "out" / "config.json").read_text())
+    rope = row["rope_parameters"]
+    assert row.get("rope_theta") == rope.get("rope_theta") and ("rope_scaling" in row) == (family == "llama-rope")
+    if family == "llama-rope":
+        assert row["rope_scaling"] | {"rope_theta": row["rope_theta"]} == rope

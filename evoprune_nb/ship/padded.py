@@ -7,6 +7,7 @@ __all__ = ['group_sizes', 'head_slots', 'check_groups', 'StockShape', 'stock_sha
            'export_padded']
 
 # %% ../../nbs/ship/03_padded.ipynb #ca4b83aa
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..candidates import unit_slices
-from ..machine.files import written_whole
+from ..machine.files import read_json, write_text, written_whole
 from ..modeling import head_map
 from ..models import Unit, decoder_layers
 from .cards import Card, write_card
@@ -193,6 +194,17 @@ def _check_equal(model: nn.Module, directory: Path) -> None:
             "the padded checkpoint computes other logits than the pruned model: they differ by "
             f"{difference:.2g} of the largest, more than rounding ({tolerance:.2g}); nothing was written")
 
+# %% ../../nbs/ship/03_padded.ipynb #1e15d867
+def _say_rope_twice(path: Path) -> None:
+    "Add to a config.json what is read instead of `rope_parameters` elsewhere."
+    row = read_json(path)
+    rope = row.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # else it differs by kind of layer, which the older names cannot say
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        row |= {"rope_theta": rope["rope_theta"]} | (
+            {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {})
+        write_text(path, json.dumps(row, indent=2) + "\n")
+
 # %% ../../nbs/ship/03_padded.ipynb #0270a254
 def export_padded(
     model: nn.Module,  # from `materialize`, trained or not; or from `load_exported`
@@ -216,6 +228,7 @@ def export_padded(
             dense = AutoModelForCausalLM.from_config(stock_config(model))
         result = PaddedExport(Path(directory), shape, _count(stock), _count(model), _count(dense))
         stock.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _say_rope_twice(scratch / "config.json")
         tokenizer.save_pretrained(scratch)
         _check_equal(model, scratch)
         write_card(scratch, model, replace(card, form="padded"), {
