@@ -616,7 +616,9 @@ def stages_figure(
     axes = figure.subplots()
     _draw_funnel(axes, frame, names, stages, n_stages, colors)
     add_hints(axes, frame.stage, frame["rank"], _evaluation_words(history, frame), colors)
-    axes.set_title(f"Who survived: generation {generation + 1}", pad=30)
+    elastic = history.config.method == "elastic"
+    words = "who beats the parent by more than the error" if elastic else "who survived"
+    axes.set_title(f"Generation {generation + 1}: {words}", pad=30)
     axes.set(ylabel="rank (1 is best)", xlim=(-0.5, n_stages - 0.6), ylim=(n_ranks + 0.7, 0.3))
     axes.set_xticks(
         range(len(stages)), [_stage_label(i, stage) for i, stage in enumerate(stages)], fontsize=8)
