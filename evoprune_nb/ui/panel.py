@@ -62,8 +62,8 @@ _CARDS = """\
 
 # %% ../../nbs/ui/01_panel.ipynb #d729701c
 _TABLES = """\
-.evo-stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(84px, 1fr)); gap: 6px 10px;}
-.evo-stats div { min-width: 0;}
+.evo-stats { display: flex; flex-wrap: wrap; gap: 6px 16px;}
+.evo-stats div { flex: 1 1 auto; min-width: 56px; white-space: nowrap;}
 .evo-stats b { display: block; font-size: 15px; font-weight: 600; font-variant-numeric: tabular-nums;}
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
 .evo table {

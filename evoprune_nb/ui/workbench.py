@@ -176,6 +176,8 @@ def drive(bench: "Workbench", *commands: dict, say: Say | None = None) -> None:
             driver.worker.start()
         if say is not bench.run.tell or not commands:
             driver.tell("" if refused else "started")
+        else:
+            bench.run.tell("", "")  # it starts no longer; what became of the commands stays
         bench.urge()
 
     driver.submit(begin)
