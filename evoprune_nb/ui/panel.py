@@ -62,8 +62,8 @@ _CARDS = """\
 
 # %% ../../nbs/ui/01_panel.ipynb #d729701c
 _TABLES = """\
-.evo-stats { display: flex; flex-wrap: wrap; gap: 6px 16px;}
-.evo-stats div { flex: 1 1 auto; min-width: 56px; white-space: nowrap;}
+.evo-stats { display: flex; flex-wrap: wrap; gap: 6px 26px;}
+.evo-stats div { flex: 0 0 auto; min-width: 56px; white-space: nowrap;}
 .evo-stats b { display: block; font-size: 15px; font-weight: 600; font-variant-numeric: tabular-nums;}
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
 .evo table {
