@@ -15,6 +15,7 @@ from evoprune_nb.genome import Genome
 from evoprune_nb.history import History
 from evoprune_nb.losses import next_token_loss
 from evoprune_nb.mutation import make_offspring
+from evoprune_nb.paper.figures import _tokens_used
 from evoprune_nb.replay import replay
 from evoprune_nb.search import Search
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
@@ -181,6 +182,8 @@ def test_phases(undisturbed):
     assert tuned == {3} and len(race["offspring"]) == 3
     history = History(undisturbed.run_dir)
     assert history.tokens == history.planned_tokens and history.tokens["tuning"] >= SETTINGS.tokens
+    drawn = [float(used[-1]) for used in _tokens_used(history)]
+    assert drawn == [history.tokens["tuning"], history.tokens["scoring"]], "the picture counts the elastic model, too"
 
 
 def test_interrupted_anywhere_it_ends_equal(undisturbed, small, tmp_path):
