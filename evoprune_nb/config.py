@@ -14,6 +14,7 @@ from .genome import Space
 from .machine.checks import check_choice, check_number, check_whole, shown
 from .mutation import OPERATORS
 from .selection import Stage, check_fitness_name, check_stages, check_warm_start
+from .surrogate import PROFILE_STEP, one_unit_genomes
 from .target import Target
 from .training import Training
 
@@ -30,12 +31,16 @@ class ElasticSearch:
     scoring_tokens: int = 4096  # per candidate of the other generations
     entrants: int = 8  # candidates of the last generation, the race
     margin: float = 1.0  # standard errors that a candidate must be better than the parent to replace it
+    profile_tokens: int = 0  # per genome of a first generation that prunes single units of the dense model; 0: none
+    profile_weight: float = 0.3  # of what single units cost there, beside the loss in the elastic model
 
     def __post_init__(self):
         object.__setattr__(self, "scans", tuple(self.scans))
         for name in ("scan_tokens", "scoring_tokens", "entrants"):
             check_whole(name, getattr(self, name), 1)
         check_number("margin", self.margin, 0)
+        check_whole("profile_tokens", self.profile_tokens, 0)
+        check_number("profile_weight", self.profile_weight, 0)
         for generation in self.scans:
             check_whole("scans", generation, 0)
         if 0 not in self.scans:
@@ -79,8 +84,11 @@ class SearchConfig:
 
     @property
     def rounds(self) -> tuple[int, ...]:
-        "Generations that begin a round of method elastic."
-        return tuple(g for g in self.elastic.scans if g < self.generations - 1) if self.method == "elastic" else ()
+        "Generations that begin a round of method elastic; none before the profile."
+        if self.method != "elastic":
+            return ()
+        begins = {max(g, int(self.elastic.profile_tokens > 0)) for g in self.elastic.scans}
+        return tuple(sorted(g for g in begins if g < self.generations - 1))
 
     @property
     def entering(self) -> int:
@@ -110,10 +118,11 @@ def _check_types(config: SearchConfig) -> None:
         check_whole(name, getattr(config, name), least, _MOST.get(name))
     check_whole("seed", config.seed)
     check_choice("method", config.method, METHODS)
-    if config.method == "elastic" and config.generations < 3:
+    least = 4 if config.elastic.profile_tokens else 3
+    if config.method == "elastic" and config.generations < least:
         raise ValueError(
-            "method 'elastic' needs generations ≥ 3: the first measures sensitivities, the last is the race; "
-            f"got {config.generations}")
+            f"method 'elastic' needs generations ≥ {least}: a profile (if profile_tokens says so), then a scan "
+            f"of sensitivities, evolution, and the race; got {config.generations}")
 
 # %% ../nbs/19_config.ipynb #dfad7c31
 _RENAMED = {"at_once": "n_jobs", "max_flips": "max_swaps"}  # setting of version 0.1 → its name now
@@ -145,7 +154,7 @@ def present_event(
 class ActiveConfig(SearchConfig):
     "The settings in force, as steering has changed them."
     frozen: tuple[str, ...] = ()  # names of units that keep their level
-    phase: str = ""  # of method "elastic", in the settings of one generation: scan, evolve or race
+    phase: str = ""  # of method "elastic", in the settings of one generation: profile, scan, evolve or race
     center: str = ""  # genome that the elastic model is trained around; "": the uniform one of the target
 
     @property
@@ -163,11 +172,15 @@ class ActiveConfig(SearchConfig):
             return self
         if generation >= self.generations - 1:
             return replace(self, phase="race", offspring=self.elastic.entrants)
-        settings = self.elastic
-        if generation not in settings.scans:
+        settings, frozen = self.elastic, self.frozen_units(space) if space else ()
+        if generation == 0 and settings.profile_tokens:
+            n = len(one_unit_genomes(space, PROFILE_STEP, frozen=frozen)) if space else self.offspring
+            stages = (Stage(1, 0, settings.profile_tokens),)
+            return replace(self, phase="profile", offspring=n, stages=stages, warm_start=False, fitness="kl")
+        if generation not in self.rounds:
             stages = (Stage(1, 0, settings.scoring_tokens),)
             return replace(self, phase="evolve", stages=stages, warm_start=False)
-        n = 2 * (len(space.units) - len(self.frozen)) if space else self.offspring
+        n = 2 * (len(space.units) - len(frozen)) if space else self.offspring
         stages = (Stage(1, 0, settings.scan_tokens),)
         return replace(self, phase="scan", offspring=max(1, n), stages=stages, warm_start=False)
 

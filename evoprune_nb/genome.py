@@ -96,12 +96,12 @@ def equal_levels(
     return tuple(sorted({*removed, n_structures}))
 
 # %% ../nbs/03_genome.ipynb #adc29cd2
-HEAD_MODES = ("free", "query", "group")
+HEAD_MODES = ("free", "kv", "query", "group")
 
 
 def _head_step(unit: Unit, heads: str) -> int:
     "Structures that go together."
-    if unit.kind == "mlp" or heads == "free":
+    if unit.kind == "mlp" or heads in ("free", "kv"):
         return 1
     return unit.n_kv_heads if heads == "query" else unit.n_structures // unit.n_kv_heads
 

@@ -151,6 +151,11 @@ def _channel_order(gram: torch.Tensor, inverse: torch.Tensor, block: int = 32) -
     return torch.cat(order)
 
 # %% ../nbs/07_pruning.ipynb #2fe4aaa6
+def columns_of(structures: torch.Tensor, size: int) -> torch.Tensor:
+    "Column indices of structures of `size` columns each."
+    return (structures[:, None] * size + torch.arange(size, device=structures.device)).flatten()
+
+
 def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
     "The (size, size) blocks on the diagonal of a square matrix: (n, size, size)."
     n = len(matrix) // size
@@ -192,6 +197,19 @@ def _block_order(gram: torch.Tensor, inverse: torch.Tensor, size: int, group: in
         alive, gram, inverse = [alive[slot] for slot in slots], _cut_out(gram, rest), _cut_out(inverse, rest)
     return torch.tensor(order)
 
+# %% ../nbs/07_pruning.ipynb #kvorder1
+def _kv_order(gram: torch.Tensor, hessian: torch.Tensor, size: int, group: int) -> torch.Tensor:
+    "Order of removal of heads, the most output per parameter added first, from HGH and H; consumes both."
+    rest, added, kept = list(range(len(gram) // size)), [], gram.new_ones(len(gram))
+    while rest:
+        gains = _block_scores(gram, hessian, size, rest)
+        opened = {head // group for head in added}
+        worth = [gain / (1 if head // group in opened else 2) for gain, head in zip(gains, rest)]
+        head = rest.pop(worth.index(max(worth)))
+        _remove_block(gram, hessian, kept, slice(head * size, (head + 1) * size))
+        added.append(head)
+    return torch.tensor(added[::-1])
+
 # %% ../nbs/07_pruning.ipynb #ff5f9f7e
 def _cholesky(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
     "Lower Cholesky factor of a positive definite matrix."
@@ -220,15 +238,14 @@ def _inverse(matrix: torch.Tensor, small: int = 512) -> torch.Tensor:
     return inverse
 
 # %% ../nbs/07_pruning.ipynb #4bb05a91
-def columns_of(structures: torch.Tensor, size: int) -> torch.Tensor:
-    "Column indices of structures of `size` columns each."
-    return (structures[:, None] * size + torch.arange(size, device=structures.device)).flatten()
-
-
 def _removal_order(weight: torch.Tensor, hessian: torch.Tensor, size: int, n_kv_heads: int,
                    heads: str) -> torch.Tensor:
     "Structures in the order of removal, from W and the damped H."
-    inverse, group = _inverse(hessian), hessian.shape[0] // size // n_kv_heads if n_kv_heads else 1
+    group = hessian.shape[0] // size // n_kv_heads if n_kv_heads else 1
+    if heads == "kv" and group > 1:
+        reached = weight @ hessian
+        return _kv_order(reached.T @ reached, hessian.clone(), size, group)
+    inverse = _inverse(hessian)
     if size == 1:
         return _channel_order(weight.T @ weight, inverse)
     if heads == "group":

@@ -278,8 +278,9 @@ class SearchState:
 
     @property
     def measured(self) -> tuple[tuple[Observation, ...], ...]:
-        "What was observed in the latest elastic model, by generation; before its scan, all there is."
-        return self.observed[self.round :] or self.observed
+        "What was observed in the latest elastic model, by generation; before its scan, in those before."
+        first = int(self.rules.elastic.profile_tokens > 0)  # the profile is of the dense model
+        return self.observed[max(self.round, first) :] or self.observed[first:]
 
     @property
     def needs_training(self) -> bool:

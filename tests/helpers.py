@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from evoprune_nb.data import TokenPool, derive_seed
-from evoprune_nb.genome import Genome, Space, level_grid
+from evoprune_nb.genome import HEAD_MODES, Genome, Space, level_grid
 from evoprune_nb.models import Unit
 from evoprune_nb.search import SearchConfig
 from evoprune_nb.selection import Evaluation, OneByOne, Stage
@@ -96,7 +96,7 @@ def spaces(draw) -> Space:
     "A space of a made-up model, with parameters, FLOPs and cache proportional to what is kept."
     n_layers = draw(st.integers(2, 6))
     group, n_kv_heads, n_channels = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(10, 400))
-    heads = draw(st.sampled_from(("free", "query", "group")))
+    heads = draw(st.sampled_from(HEAD_MODES))
     units = [Unit(layer, "attn", f"{layer}.attn", f"{layer}.norm", group * n_kv_heads, 8, n_kv_heads) for layer in range(n_layers)]
     units += [Unit(layer, "mlp", f"{layer}.mlp", f"{layer}.norm2", n_channels, 1) for layer in range(n_layers)]
     removed = level_grid(units, heads, draw(st.integers(2, 12)))

@@ -11,15 +11,15 @@ import evoprune_nb.elastic
 from evoprune_nb.candidates import materialize
 from evoprune_nb.config import ActiveConfig, ElasticSearch, SearchConfig
 from evoprune_nb.elastic import Elastic, ElasticTraining, draw_genome, elastic_model, elastic_step, train_elastic
-from evoprune_nb.genome import Genome
+from evoprune_nb.genome import Genome, Grid
 from evoprune_nb.history import History
 from evoprune_nb.losses import next_token_loss
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.paper.figures import _tokens_used
 from evoprune_nb.replay import replay
-from evoprune_nb.search import Search
+from evoprune_nb.search import Search, profiled
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
-from evoprune_nb.surrogate import Observation, archive, fit_losses, neighbours, propose_genomes
+from evoprune_nb.surrogate import Observation, added, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores, propose_genomes
 from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.training import Training
 
@@ -347,3 +347,59 @@ def test_a_worker_reads_the_model_of_its_round(small, tmp_path):
     codes = [row["genome"] for row in attempt.evaluations]
     work = StageWork(1, 1, attempt.rules, search.inputs.seed(0), str(tmp_path / "run" / "elastic.safetensors"), tuple(map(Genome.parse, codes)), 3, 0)
     assert [worker.evaluate(work, index).fitness for index in range(len(codes))] == [row["fitness"] for row in attempt.evaluations]
+
+
+def profiled_config() -> SearchConfig:
+    "A search that first prunes single units of the dense model."
+    elastic = replace(elastic_config().elastic, profile_tokens=128, profile_weight=0.5)
+    return elastic_config(generations=5, elastic=elastic)
+
+
+def test_one_unit_scores_are_measured_or_lie_between(small):
+    units = small[1].space.units
+    space = Grid((units[0], units[-1]), ((0, 1, 2, 4), (0, 10, 20, 30, 40)))
+    genomes = one_unit_genomes(space, every=2)
+    assert [genome.code for genome in genomes] == ["0/0", "1/0", "3/0", "0/2", "0/4"]
+    scores = one_unit_scores(space, {"0/0": 1.0, "1/0": 1.1, "3/0": 1.7, "0/2": 1.5, "0/4": 3.0})
+    np.testing.assert_allclose(scores[0], [0, 0.1, 0.3, 0.7])
+    np.testing.assert_allclose(scores[1], [0, 0.25, 0.5, 1.25, 2.0])
+
+
+def test_what_is_known_is_not_fitted(parts):
+    "Proposals follow the sum; the fit explains the rest."
+    _, database, _, budget, uniform = parts
+    space = database.space
+    known = [[0.1 * level**2 for level in range(space.n_levels(i))] for i in range(len(space.units))]
+    around = neighbours(uniform, space, budget)
+    seen = [Observation(g.code, uniform.code, added(known, g) - added(known, uniform), 1e-3) for g in around]
+    model = fit_losses(seen, uniform, space, known)
+    assert np.abs(model.mean).max() < 1e-2
+    assert all(abs(model.predict(g) - s.difference) < 2e-2 for g, s in zip(around, seen))
+
+
+def test_a_profile_of_single_units_comes_first(small, tmp_path):
+    "Its units are pruned in the dense model; what they cost joins every later comparison in the elastic model; also when interrupted."
+    model, database = small
+    search = Search(tmp_path / "run", model, database, small_pools(), profiled_config())
+    winner = search.run(progress=False)
+    rows = events(tmp_path / "run")
+    profile, scan, *_ = [row for row in rows if row["event"] == "generation"]
+    dense = Genome.parse(profile["offspring"][0])
+    assert not any(dense.levels) and all(sum(map(bool, Genome.parse(code).levels)) == 1 for code in profile["offspring"][1:])
+    kinds = [row["event"] for row in rows if row["event"] in ("generation", "elastic")]
+    assert kinds[:3] == ["generation", "elastic", "generation"] and scan["parent"] == profile["parent"]
+    scored = {row["genome"]: row["blocks"] for row in rows if row["event"] == "evaluation" and row["generation"] == 1}
+    known = profiled(search.engine.log.position, database.space)
+    code, difference, _ = next(row for row in rows if row["event"] == "survivor" and row["generation"] == 1)["observed"][0]
+    change = added(known, Genome.parse(code)) - added(known, Genome.parse(scan["parent"]))
+    assert difference == pytest.approx(paired_difference(scored[code], scored[scan["parent"]])[0] + change, abs=1e-5)
+    history = History(tmp_path / "run")
+    assert history.tokens == history.planned_tokens
+    for n_steps in (7, len(profile["offspring"]) + 5):
+        again = tmp_path / str(n_steps)
+        interrupted = Search(again, model, database, small_pools(), profiled_config())
+        for _ in range(n_steps):
+            interrupted.step()
+        assert Search(again, model, database, small_pools(), profiled_config()).run(progress=False) == winner
+        assert events(again) == rows
+    assert replay(tmp_path / "run", tmp_path / "replay", model, database, small_pools(), progress=False) == winner

@@ -79,7 +79,7 @@ def test_channels_match_one_by_one_removal(n_columns, n_samples):
 @pytest.mark.parametrize("heads, removed", [("free", [0, 1, 2, 3, 4, 5, 6]), ("query", [0, 2, 4, 6]), ("group", [0, 3, 6])])
 @pytest.mark.parametrize("n_samples", [400, 10], ids=["full rank", "singular"])
 def test_heads_match_one_by_one_removal(heads, removed, n_samples):
-    "Head blocks go in the order, and with the weights, of the plain algorithm, in all three ways to count heads off."
+    "Head blocks go in the order, and with the weights, of the plain algorithm, in all three ways to count heads off by what they cost."
     weight, _, hessian = problem(24, n_samples)
     order, history = brain_surgeon(weight, hessian, heads=heads, **HEADS)
     pruned = prune_unit(weight, hessian, removed, heads=heads, **HEADS)
@@ -93,6 +93,26 @@ def test_query_mode_takes_one_head_of_every_group_per_round():
     weight, _, hessian = problem(24)
     order = prune_unit(weight, hessian, [0, 6], heads="query", **HEADS).order.tolist()
     assert all(sorted(head // 3 for head in order[i : i + 2]) == [0, 1] for i in (0, 2, 4))
+
+
+def energy(weight, hessian, columns, damping=0.01) -> float:
+    "How much of the output the best weights for some columns explain."
+    h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    reached = weight.double() @ h[:, columns]
+    return (torch.linalg.solve(h[columns][:, columns], reached.T) * reached.T).sum().item()
+
+
+def test_kv_mode_keeps_the_heads_that_explain_most_per_parameter():
+    "Each head kept adds more output per parameter than any other would, when the first of a group costs twice as much."
+    weight, _, hessian = problem(24)
+    order = prune_unit(weight, hessian, [0, 1, 2, 3, 4, 5, 6], heads="kv", **HEADS).order.tolist()
+    columns = lambda heads: torch.tensor([4 * head + c for head in heads for c in range(4)])
+    for n in range(1, 6):
+        kept, opened = order[6 - n:], {head // 3 for head in order[6 - n:]}
+        worth = lambda head: (energy(weight, hessian, columns([*kept, head])) - energy(weight, hessian, columns(kept))) / (1 + (head // 3 not in opened))
+        assert order[5 - n] == max(set(range(6)) - {*kept}, key=worth)
+    groups = lambda heads, seed: {head // 3 for head in prune_unit(*problem(24, 400 + seed)[::2], [0, 6], heads=heads, **HEADS).order.tolist()[4:]}
+    assert sum(len(groups("kv", seed)) for seed in range(8)) < sum(len(groups("free", seed)) for seed in range(8))
 
 
 def test_levels_are_least_squares_solutions():

@@ -167,7 +167,7 @@ def removal_order(
     "Structures by rising score; heads in groups or one of each group per round, if so said."
     group = unit.n_structures // unit.n_kv_heads if unit.kind == "attn" else 1
     order = scores.argsort(stable=True)
-    if group == 1 or heads == "free":
+    if group == 1 or heads in ("free", "kv"):
         return order
     if heads == "group":
         groups = scores.view(-1, group).sum(1).argsort(stable=True)

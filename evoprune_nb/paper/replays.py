@@ -28,7 +28,7 @@ _MEANINGS = {  # parameters of the notebook; types are those of `Source`
     "text_column": "column that holds the text",
     "seq_len": "tokens per block",
     "calibration_tokens": "for the level database",
-    "heads": 'how heads are counted off: "free", "query" or "group"',
+    "heads": 'how heads are counted off: "free", "kv", "query" or "group"',
     "n_levels": "steps from dense to gone",
     "multiple": "MLP widths are multiples of it; 0: as it comes",
 }

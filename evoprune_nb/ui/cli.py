@@ -424,7 +424,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--post-batch", 4, "blocks per forward pass of post-training")
     add_option(parser, "--seq-len", 512, "tokens per block")
     add_option(parser, "--dtype", None, "dtype of the weights (default: the configuration's)")
-    add_option(parser, "--heads", "free", "how heads are counted off: free, query or group")
+    add_option(parser, "--heads", "free", "how heads are counted off: free, kv, query or group")
     add_option(parser, "--memory-gb", None, "limit on Hessians and stored hidden states, in GB", type=float)
     add_option(parser, "--offload-gb", None, "limit on stored hidden states in main memory, in GB (default: "
                "they share that of the Hessians)", type=float)
@@ -500,7 +500,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--text-tokens", None, words, type=int)
     add_option(parser, "--dtype", "fastest", "dtype of the weights; fastest: what suits the device")
     add_option(parser, "--device", "auto", "cpu, cuda, mps …; auto: the best there is")
-    add_option(parser, "--heads", known.heads, "how heads are counted off: free, query or group")
+    add_option(parser, "--heads", known.heads, "how heads are counted off: free, kv, query or group")
     add_option(parser, "--levels", known.n_levels, "levels of a unit, from dense to gone")
     words = "MLP widths are multiples of it: 32 or 256 for quantised GGUF files"
     add_option(parser, "--multiple", known.multiple, words)
