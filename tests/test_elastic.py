@@ -15,13 +15,15 @@ from evoprune_nb.genome import Genome, Grid
 from evoprune_nb.history import History
 from evoprune_nb.losses import next_token_loss
 from evoprune_nb.mutation import make_offspring
-from evoprune_nb.paper.figures import _tokens_used
+from evoprune_nb.paper.figures import _tokens_used, fitness_figure
 from evoprune_nb.replay import replay
 from evoprune_nb.search import Search, profiled
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
 from evoprune_nb.surrogate import Observation, added, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores, propose_genomes
 from evoprune_nb.target import Target, plan_budget
 from evoprune_nb.training import Training
+from evoprune_nb.ui.gallery import level_losses
+from evoprune_nb.ui.importance import importance_figure
 
 SETTINGS = ElasticTraining(tokens=16 * 16, training=Training(lr=1e-3, batch_size=2))
 
@@ -324,7 +326,7 @@ def test_plan_counts_every_round():
 
 
 def test_figures_name_the_stages_of_each_phase(undisturbed):
-    from evoprune_nb.paper.figures import fitness_figure, stages_figure
+    from evoprune_nb.paper.figures import stages_figure
 
     history = History(undisturbed.run_dir)
     titles = [axes.get_title() for axes in fitness_figure(history).axes]
@@ -394,12 +396,14 @@ def test_a_profile_of_single_units_comes_first(small, tmp_path):
     change = added(known, Genome.parse(code)) - added(known, Genome.parse(scan["parent"]))
     assert difference == pytest.approx(paired_difference(scored[code], scored[scan["parent"]])[0] + change, abs=1e-5)
     history = History(tmp_path / "run")
-    assert history.tokens == history.planned_tokens
+    assert history.tokens == history.planned_tokens and level_losses(history)
     for n_steps in (7, len(profile["offspring"]) + 5):
         again = tmp_path / str(n_steps)
         interrupted = Search(again, model, database, small_pools(), profiled_config())
         for _ in range(n_steps):
             interrupted.step()
+        early = History(again)
+        assert fitness_figure(early).axes and importance_figure(early).axes and not level_losses(early)
         assert Search(again, model, database, small_pools(), profiled_config()).run(progress=False) == winner
         assert events(again) == rows
     assert replay(tmp_path / "run", tmp_path / "replay", model, database, small_pools(), progress=False) == winner

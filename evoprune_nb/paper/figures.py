@@ -302,6 +302,8 @@ def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: T
 def _draw_stages(axes: Sequence, history: History, theme: Theme) -> None:
     "A panel for each stage; the first one says what is drawn."
     frame = stage_differences(history)
+    profiles = [attempt.begin["generation"] for attempt in history.attempts if attempt.rules.phase == "profile"]
+    frame = frame[~frame.generation.isin(profiles)].copy()  # single units of the dense model: another scale
     who = ["branch", "generation", "genome"]
     frame["won"] = pd.MultiIndex.from_frame(frame[who]).isin(pd.MultiIndex.from_frame(history.survivors[who]))
     for panel, (stage, rows) in zip(axes, frame.groupby("stage")):

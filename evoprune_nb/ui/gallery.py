@@ -18,6 +18,7 @@ from ..genome import Genome, Space
 from ..history import History
 from ..paper.figures import candidate_names, fitness_figure, genome_figure, lineage_figure
 from ..paper.figures import level_map_figure, sensitivity_figure, stages_figure, tokens_figure
+from ..search import profiled
 from ..surrogate import fit_losses
 from .cards import html
 from .panel import budget_html, candidate_html, candidate_options, lineage_html, log_html
@@ -129,7 +130,8 @@ def level_losses(history: History) -> list[list[float]]:
     observed = [seen for row in history.position.measured for seen in row]
     if not observed:
         return []
-    model = fit_losses(observed, history.winner, history.space)
+    known = profiled(history.position, history.space)
+    model = fit_losses(observed, history.winner, history.space, known)
     return [[float(loss) for loss in row] for row in model.scores(model.mean)]
 
 

@@ -34,6 +34,8 @@ def observed_pairs(
     "Every candidate against its parent; where that was not scored, against the best of its stage."
     found = []
     for attempt in history.attempts:
+        if attempt.rules.phase == "profile":  # of the dense model
+            continue
         parent = attempt.begin["parent"]
         for scored in _scored(attempt, attempt.rules.fitness == "perplexity").values():
             losses = dict(scored)

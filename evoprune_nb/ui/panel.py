@@ -318,7 +318,8 @@ def elastic_training(history: History) -> int | None:
         return 0
 
 # %% ../../nbs/ui/01_panel.ipynb #f24cd257
-_PHASES = {"scan": ("scan", "of sensitivities"), "evolve": ("evolution", "in the elastic model")}
+_PHASES = {"profile": ("profile", "of single units"), "scan": ("scan", "of sensitivities"),
+           "evolve": ("evolution", "in the elastic model")}
 
 
 def stage_stats(history: History) -> dict[str, str]:
