@@ -90,8 +90,9 @@ def check_elastic_text(
     config: SearchConfig,  # of method "elastic"
 ) -> None:
     "Raise `ValueError` when there is too little text for the elastic model, or to score in it."
-    pools["tuning"].require(config.elastic.training.tokens)
-    for tokens in (config.elastic.scan_tokens, config.elastic.scoring_tokens):
+    settings = config.elastic
+    pools["tuning"].require(settings.training.tokens)
+    for tokens in filter(None, (settings.profile_tokens, settings.scan_tokens, settings.scoring_tokens)):
         scoring_pool(pools, Stage(1, 0, tokens)).require(tokens)
 
 # %% ../nbs/23_search.ipynb #1b5a28e6

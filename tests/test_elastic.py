@@ -220,9 +220,11 @@ def test_wrong_settings_are_refused():
     for wrong in (dict(method="elastik"), dict(generations=2), dict(elastic=3)):
         with pytest.raises(ValueError, match="method|generations|elastic"):
             elastic_config(**wrong)
-    for wrong in (dict(scans=(1,)), dict(entrants=0), dict(margin=-1.0), dict(scan_tokens=1.5)):
+    for wrong in (dict(scans=(1,)), dict(entrants=0), dict(margin=-1.0), dict(scan_tokens=1.5), dict(profile_tokens=-1), dict(profile_tokens=2.5), dict(profile_weight=-0.1), dict(profile_weight=float("nan"))):
         with pytest.raises(ValueError):
             ElasticSearch(**wrong)
+    with pytest.raises(ValueError, match="generations ≥ 4"):
+        elastic_config(generations=3, elastic=replace(elastic_config().elastic, profile_tokens=64))
     for wrong in (dict(tokens=0), dict(spread=0), dict(genomes=3)):
         with pytest.raises(ValueError):
             ElasticTraining(**wrong)
