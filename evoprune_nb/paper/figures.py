@@ -610,6 +610,9 @@ def stages_figure(
         return empty_figure(f"no candidate of generation {generation + 1} has been evaluated yet", theme)
     names = candidate_names(history, generation, branch)
     here = [a for a in history.attempts if (a.generation, a.branch) == (generation, branch)]
+    if here[-1].rules.phase in ("profile", "scan"):
+        what = f"generation {generation + 1} measures {len(names)} genomes and selects none: see the sensitivities"
+        return empty_figure(what, theme)
     stages = here[-1].rules.stages
     n_stages = max(len(stages), int(frame.stage.max()) + 1)
     n_ranks = max(len(names) - ("parent" in names.values()), int(frame["rank"].max()))
