@@ -32,7 +32,7 @@ class ElasticSearch:
     entrants: int = 8  # candidates of the last generation, the race
     margin: float = 1.0  # standard errors that a candidate must be better than the parent to replace it
     profile_tokens: int = 0  # per genome of a first generation that prunes single units of the dense model; 0: none
-    profile_weight: float = 0.3  # of what single units cost there, beside the loss in the elastic model
+    profile_weights: tuple[float, ...] = (0.3, 1.0)  # of what they cost there, for the race's entrants from afar
 
     def __post_init__(self):
         object.__setattr__(self, "scans", tuple(self.scans))
@@ -40,7 +40,9 @@ class ElasticSearch:
             check_whole(name, getattr(self, name), 1)
         check_number("margin", self.margin, 0)
         check_whole("profile_tokens", self.profile_tokens, 0)
-        check_number("profile_weight", self.profile_weight, 0)
+        object.__setattr__(self, "profile_weights", tuple(self.profile_weights))
+        for weight in self.profile_weights:
+            check_number("profile_weights", weight, 0)
         for generation in self.scans:
             check_whole("scans", generation, 0)
         if 0 not in self.scans:

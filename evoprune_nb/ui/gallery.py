@@ -18,7 +18,6 @@ from ..genome import Genome, Space
 from ..history import History
 from ..paper.figures import candidate_names, fitness_figure, genome_figure, lineage_figure
 from ..paper.figures import level_map_figure, sensitivity_figure, stages_figure, tokens_figure
-from ..search import profiled
 from ..surrogate import fit_losses
 from .cards import html
 from .panel import budget_html, candidate_html, candidate_options, lineage_html, log_html
@@ -130,8 +129,7 @@ def level_losses(history: History) -> list[list[float]]:
     observed = [seen for row in history.position.measured for seen in row]
     if not observed:
         return []
-    known = profiled(history.position, history.space)
-    model = fit_losses(observed, history.winner, history.space, known)
+    model = fit_losses(observed, history.winner, history.space)
     return [[float(loss) for loss in row] for row in model.scores(model.mean)]
 
 
