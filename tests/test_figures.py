@@ -221,7 +221,7 @@ def test_stages_figure(histories, moment):
     figure = stages_figure(history, 0)
     (axes,) = figure.axes
     frame = history.evaluations.query("generation == 0")
-    assert axes.get_ylabel() == "rank (1 is best)" and axes.yaxis_inverted() and "generation 1" in axes.get_title()
+    assert axes.get_ylabel() == "rank (1 is best)" and axes.yaxis_inverted() and "Generation 1" in axes.get_title()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["stage 1\nbefore tuning\n32 scoring", "stage 2\n64 tuning\n48 scoring"]
     marks = {(line.get_xdata()[0], line.get_ydata()[0]): line.get_marker() for line in axes.lines if len(line.get_xdata()) == 1}
     assert sorted(marks) == sorted(zip(frame.stage, frame["rank"]))
