@@ -8,7 +8,7 @@ from helpers import random_blocks, small_model
 
 from evoprune_nb.baselines.errors import absolute_errors
 from evoprune_nb.baselines.masks import MaskTraining, kept_share, train_masks
-from evoprune_nb.baselines.one_unit import one_unit_genomes, one_unit_scores
+from evoprune_nb.baselines.one_unit import nats_of, one_unit_genomes, one_unit_scores
 from evoprune_nb.baselines.problem import Found, Problem, baseline
 from evoprune_nb.baselines.registry import BASELINES, TITLES, solve
 from evoprune_nb.baselines.structures import Flow, observe, ranked_genome, removal_order, structure_scores
@@ -112,7 +112,7 @@ def test_one_unit_scores_are_above_the_dense_model(problem):
     "In nats, whatever the fitness: zero at level 0, and the perplexity's logarithm less the dense model's."
     of_perplexity = replace(problem, fitness="perplexity")
     evaluations = of_perplexity.evaluate(one_unit_genomes(problem.space))
-    scores = one_unit_scores(problem.space, evaluations, "perplexity")
+    scores = one_unit_scores(problem.space, nats_of(evaluations, "perplexity"))
     assert [row[0] for row in scores] == [0] * len(problem.space.units) and [*map(len, scores)] == [*map(len, problem.space.removed)]
     last = torch.tensor([evaluations[-1].fitness, evaluations[0].fitness]).double().log()
     assert scores[-1][-1] == pytest.approx((last[0] - last[1]).item(), rel=1e-5)

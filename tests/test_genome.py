@@ -84,7 +84,7 @@ def test_head_modes_step_in_query_heads(model, heads, step):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(heads="both"), "free, query, group"), (dict(n_levels=1), "n_levels must be a whole number from 2 to 1,000; got 1"), (dict(custom={"mlp": [1, 80]}), "mlp.00.*start at 0"),
+    (dict(heads="both"), "free, kv, query, group"), (dict(n_levels=1), "n_levels must be a whole number from 2 to 1,000; got 1"), (dict(custom={"mlp": [1, 80]}), "mlp.00.*start at 0"),
     (dict(custom={"mlp": [0, 81]}), "at most 80"), (dict(custom={"attn": [0, 4, 2]}), "rise"), (dict(heads="group", custom={"attn": [0, 2]}), "steps of 3 heads"),
     (dict(n_levels=36), "mlp.00 would have 37 levels.*at most 36"), (dict(custom={"mlp": range(37)}), "at most 36"), (dict(custom={"mpl": [0, 80]}), "kind of units in grid 'mpl' is unknown")])
 def test_impossible_grids_say_what_would_be_possible(model, options, message):
