@@ -425,7 +425,7 @@ def test_the_page_of_runs(page):
     show(page, "from evoprune_nb.ui.runs_page import open_runs\nopen_runs('.')", 6)
     grid = page.locator(".evo-grid").first
     rows = grid.locator("tbody tr")
-    expect(rows).to_have_count(4)
+    expect(rows).to_have_count(3)
     grid.get_by_placeholder("search all columns").fill("finished")
     expect(rows).to_have_count(2)
     rows.nth(0).click()

@@ -15,6 +15,7 @@ from evoprune_nb.cluster.parts import describe_parts, load_inputs
 from evoprune_nb.cluster.stages import Cluster
 from evoprune_nb.search import Search, SearchInputs
 from evoprune_nb.source import Source
+from evoprune_nb.ui.cli import main
 
 SLOW = {  # a machine with much else to do takes longer to start processes than Ray allows
     "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300",
@@ -151,3 +152,16 @@ def test_no_room(small, machines):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=100)
     with pytest.raises(ValueError, match="cpus must be a whole number"):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=0)
+
+
+def test_the_command_searches_on_a_cluster(machines, tmp_path, corpus, capsys):
+    "`evoprune search --address` writes the log that it writes without."
+    cluster, *_ = machines
+    settings = dict(generations=2, offspring=3, stages="[[1, 64, 64]]", lr=1e-4)
+    words = ["--text", str(corpus), "--seq-len", "64", "--calibration-tokens", "1024", "--levels", "3", "--dtype", "float32", "--device", "cpu", *(word for name, value in settings.items() for word in ("-p", name, str(value)))]
+    where = {"alone": [], "cluster": ["--address", cluster.address]}
+    for name, more in where.items():
+        assert main(["search", "tiny", str(tmp_path / name), *words, *more]) == 0
+    alone, on = ([{key: value for key, value in row.items() if key not in ("host", "device")} for row in events(tmp_path / name)] for name in where)
+    assert on == alone and "evoprune export" in capsys.readouterr().out
+    assert any("host" in row for row in events(tmp_path / "cluster"))

@@ -292,6 +292,36 @@ def test_interrupting_a_paused_run(small, tmp_path):
     assert Search(tmp_path / "run", *small, small_pools(), short_config(), by(made_up)).run(progress=False) and json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "finished"
 
 
+ELSEWHERE = """
+import socket, sys
+socket.gethostname = lambda: "elsewhere"
+sys.path.insert(0, sys.argv[1])
+from helpers import by, made_up, short_config, small_model, small_pools
+from evoprune_nb.database import LevelDatabase
+from evoprune_nb.machine.lock import DirectoryBusy
+from evoprune_nb.search import Search
+from evoprune_nb.ui.worker import Worker
+model = small_model("llama-gqa")
+worker = Worker(Search(sys.argv[3], model, LevelDatabase(sys.argv[2], model), small_pools(), short_config(), by(made_up)))
+try:
+    worker.start()
+except DirectoryBusy as error:
+    print(error)
+worker.send({"command": "set", "setting": "offspring", "value": 4})
+worker.send({"command": "pause"})
+"""
+
+
+def test_another_machine_sends_to_a_running_search(gated, small, tmp_path):
+    "It is refused the run, by the name of who has it; its commands arrive, a pause too, although it has gone."
+    worker, gate = gated
+    said = subprocess.run([sys.executable, "-c", ELSEWHERE, str(Path(__file__).parent), str(small[1].directory), str(tmp_path / "run")], check=True, timeout=PATIENCE, capture_output=True, text=True).stdout
+    assert f"process {os.getpid()} on {platform.node()}" in said
+    gate.let()
+    assert worker.wait("paused", timeout=PATIENCE) and worker.search.rules.offspring == 4
+    assert [row["command"]["command"] for row in events(tmp_path / "run") if row["event"] == "command"] == ["set", "pause"]
+
+
 LEAVES = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

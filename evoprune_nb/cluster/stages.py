@@ -14,7 +14,7 @@ from torch import nn
 
 from .dispatch import hand_out
 from .parts import describe_parts
-from .workers import StageWork, Worker, Workers, connect
+from .workers import StageWork, Worker, Workers, connect, disconnect
 from ..config import ActiveConfig, SearchConfig
 from ..data import TokenPool
 from ..database import LevelDatabase
@@ -120,9 +120,7 @@ class Cluster:
         "End the workers, and leave the cluster that was joined for them."
         self.workers.close()
         if self._connected:
-            import ray
-
-            ray.shutdown()
+            disconnect()
 
     def __enter__(self) -> "Cluster":
         return self

@@ -27,6 +27,7 @@ from torch import nn
 
 from .. import __version__
 from ..candidates import materialize
+from ..config import ElasticSearch
 from ..data import EMBEDDED_TEXT, SPLITS, load_pools
 from ..genome import HEAD_MODES, Genome
 from ..history import History
@@ -43,7 +44,7 @@ from ..paper.figures import genome_figure
 from ..paper.grid import grid
 from ..paper.planning import plan, this_device
 from ..paper.shelf import write_gallery, write_index
-from ..search import SearchConfig
+from ..search import Search, SearchConfig
 from ..selection import Stage
 from ..ship.cards import Card, add_scores, read_card
 from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner
@@ -442,9 +443,9 @@ def _read_setting(name: str, text: str, default):
 # %% ../../nbs/ui/21_cli.ipynb #e19683d0
 def search_config(given: list[list[str]]) -> SearchConfig:
     "Settings of a search from names and values as text. Raises `ParameterError` for one that is none."
-    kinds = {"search": SearchConfig, "target": Target, "training": Training}
-    known = {part: {field.name: field.default for field in fields(kind)} for part, kind in kinds.items()}
-    known["search"] = {name: value for name, value in known["search"].items() if name not in kinds}
+    kinds = {"search": SearchConfig, "target": Target, "training": Training, "elastic": ElasticSearch}
+    known = {part: {field.name: field.default for field in fields(kind) if field.name not in kinds}
+             for part, kind in kinds.items()}
     names = {name: part for part, settings in known.items() for name in settings}
     chosen: dict[str, dict] = {part: {} for part in kinds}
     for name, text in given:
@@ -459,8 +460,8 @@ def search_config(given: list[list[str]]) -> SearchConfig:
             raise ParameterError(f"setting {name} cannot be {text!r}; {form}") from error
     if not chosen["target"].keys() & {"sparsity", "params", "limits"}:
         chosen["target"]["sparsity"] = 0.5
-    return SearchConfig(
-        **chosen["search"], target=Target(**chosen["target"]), training=Training(**chosen["training"]))
+    settings = chosen.pop("search")
+    return SearchConfig(**settings, **{part: kinds[part](**values) for part, values in chosen.items()})
 
 # %% ../../nbs/ui/21_cli.ipynb #8796ea0d
 def _bytes(option: str, gigabytes: float | None) -> int | None:
@@ -504,6 +505,10 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--levels", known.n_levels, "levels of a unit, from dense to gone")
     words = "MLP widths are multiples of it: 32 or 256 for quantised GGUF files"
     add_option(parser, "--multiple", known.multiple, words)
+    words = "evaluate candidates on this Ray cluster: local, auto, or host:port (default: in this process)"
+    add_option(parser, "--address", None, words)
+    add_option(parser, "--cpus", 1, "cores of each worker on a cluster")
+    add_option(parser, "--gpus", 0.0, "GPUs of each worker on a cluster, or a share of one")
 
 # %% ../../nbs/ui/21_cli.ipynb #f6db4d93
 def _check_search(options: argparse.Namespace) -> None:
@@ -512,10 +517,44 @@ def _check_search(options: argparse.Namespace) -> None:
     check_whole("--calibration-tokens", options.calibration_tokens, least=seq_len)
     check_whole("--levels", options.levels, least=1)
     check_whole("--multiple", options.multiple, least=0)
+    check_whole("--cpus", options.cpus, least=1)
+    check_number("--gpus", options.gpus, least=0)
+    if options.address is None and (options.cpus > 1 or options.gpus):
+        raise ValueError("--cpus and --gpus are of the workers on a cluster: add --address, e.g. local")
     check_choice("--heads", options.heads, HEAD_MODES)
     if Path(options.run_dir).is_file():
         raise ValueError(f"{options.run_dir} is a file; RUN_DIR is a directory, new or of a search")
     check_writable(Path(options.run_dir) / "config.json")
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    "A connection to a cluster, if one is asked for, until the block ends."
+    if address is None:
+        yield
+        return
+    from evoprune_nb.cluster.workers import connect, disconnect
+
+    is_ours = connect(address)
+    try:
+        yield
+    finally:
+        if is_ours:
+            disconnect()
+
+
+@contextmanager
+def _on_cluster(search: Search, options: argparse.Namespace) -> Iterator[Search]:
+    "The search, its candidates evaluated by workers of the cluster if there is one, until the block ends."
+    if options.address is None:
+        yield search
+        return
+    from evoprune_nb.cluster.stages import Cluster
+
+    parts = search.model, search.database, search.pools, search.config, History(search.run_dir).source
+    device = "cuda" if options.gpus else "cpu"
+    with Cluster(*parts, options.address, device=device, cpus=options.cpus, gpus=options.gpus) as cluster:
+        yield cluster.search(search.run_dir)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -527,8 +566,10 @@ def _search(options: argparse.Namespace) -> None:
                     multiple=options.multiple,
                     latency="latency" in config.target.limits)
     tokens = options.text_tokens and dict.fromkeys(SPLITS, options.text_tokens)
-    search, _ = prepare_search(source, options.run_dir, config, lambda what: log.info("%s", what), tokens)
-    winner = search.run()
+    with _connected(options.address):
+        search, _ = prepare_search(source, options.run_dir, config, lambda what: log.info("%s", what), tokens)
+        with _on_cluster(search, options) as search:
+            winner = search.run()
     print(f"{winner}\n\nrun: {Path(options.run_dir).resolve()}\n"
           f"next: evoprune export {options.run_dir} OUT, or post-train, eval, push")
 

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'Quality', 'with_titles', 'picture', 'short', 'duration', 'stats_html', 'badge', 'perplexity_html',
            'gain_html', 'quality_html', 'waiting_html', 'error_html', 'table', 'generation_progress',
            'elastic_training', 'stage_stats', 'run_stats', 'candidate_options', 'cost_rows', 'candidate_html',
-           'continuation_html', 'lineage_html', 'log_html', 'budget_html']
+           'continuation_html', 'lineage_html', 'log_html', 'workers_html', 'budget_html']
 
 # %% ../../nbs/ui/01_panel.ipynb #0c94ba23
 import io
@@ -436,8 +436,20 @@ def log_html(history: History) -> str:
     return f'<ul class="evo-list" tabindex="0" aria-label="commands">{"".join(items)}</ul>'
 
 # %% ../../nbs/ui/01_panel.ipynb #5d52f6fd
+def workers_html(history: History) -> str:
+    "Who evaluated how many candidates, in all and in the latest generation; empty for a search in one process."
+    frame = history.evaluations
+    frame = frame[frame.host.fillna("") != ""]
+    if frame.empty:
+        return ""
+    here = (frame.generation == frame.generation.iloc[-1]) & (frame.branch == frame.branch.iloc[-1])
+    rows = [(escape(host), escape(device), f"{len(own)}", f"{here[own.index].sum()}", f"{own.seconds.mean():,.1f}")
+            for (host, device), own in frame.groupby(["host", "device"])]
+    return table(("worker", "device", "evaluations", "in the latest generation", "seconds each"), rows)
+
+
 def budget_html(history: History) -> str:
-    "Tokens used and planned by purpose, and the rules that the plan follows."
+    "Tokens used and planned by purpose, the rules that the plan follows, and the workers of a cluster."
     used, planned = history.tokens, history.planned_tokens
     counts = [(name, used[name], planned[name]) for name in ("tuning", "scoring")]
     counts.append(("in all", sum(used.values()), sum(planned.values())))
@@ -446,4 +458,4 @@ def budget_html(history: History) -> str:
     known = {name.replace("_", " "): value for name, value in source.items() if value is not None}
     facts = escape(" · ".join(f"{name}: {value}" for name, value in known.items()))
     shares = table(("tokens", "used", "planned", "share"), rows)
-    return shares + (f'<p class="evo-quiet">{facts}</p>' if facts else "")
+    return shares + workers_html(history) + (f'<p class="evo-quiet">{facts}</p>' if facts else "")
