@@ -29,20 +29,17 @@ class ElasticSearch:
     scans: tuple[int, ...] = (0,)  # generations that begin a round: trained around the parent, then a scan
     scan_tokens: int = 4096  # per neighbour
     scoring_tokens: int = 4096  # per candidate of the other generations
-    entrants: int = 8  # candidates of the last generation, the race
+    entrants: int = 8  # candidates of the last generation, the race; 0: no race
     margin: float = 1.0  # standard errors that a candidate must be better than the parent to replace it
     profile_tokens: int = 0  # per genome of a first generation that prunes single units of the dense model; 0: none
-    profile_weights: tuple[float, ...] = (0.3, 1.0)  # of what they cost there, for the race's entrants from afar
+    profile_weight: float = 0.5  # of what a genome's units cost alone, beside its loss in the elastic model
 
     def __post_init__(self):
         object.__setattr__(self, "scans", tuple(self.scans))
-        for name in ("scan_tokens", "scoring_tokens", "entrants"):
-            check_whole(name, getattr(self, name), 1)
+        for name, least in (("scan_tokens", 1), ("scoring_tokens", 1), ("entrants", 0), ("profile_tokens", 0)):
+            check_whole(name, getattr(self, name), least)
         check_number("margin", self.margin, 0)
-        check_whole("profile_tokens", self.profile_tokens, 0)
-        object.__setattr__(self, "profile_weights", tuple(self.profile_weights))
-        for weight in self.profile_weights:
-            check_number("profile_weights", weight, 0)
+        check_number("profile_weight", self.profile_weight, 0)
         for generation in self.scans:
             check_whole("scans", generation, 0)
         if 0 not in self.scans:
@@ -53,7 +50,8 @@ class ElasticSearch:
         "From JSON."
         training = dict(row["training"])
         training["training"] = Training(**training["training"])
-        return cls(**row | {"training": ElasticTraining(**training)})
+        present = {name: value for name, value in row.items() if name != "profile_weights"}  # of 26 Nov 2026 alone
+        return cls(**present | {"training": ElasticTraining(**training)})
 
 # %% ../nbs/19_config.ipynb #78eaa7fc
 DEFAULT_STAGES = (Stage(4, 1024, 512), Stage(2, 2048, 1024), Stage(1, 4096, 2048))
@@ -95,7 +93,7 @@ class SearchConfig:
     @property
     def entering(self) -> int:
         "Candidates that enter the first of the `stages`."
-        return self.elastic.entrants if self.method == "elastic" else self.offspring
+        return self.elastic.entrants or self.offspring if self.method == "elastic" else self.offspring
 
     @classmethod
     def from_dict(cls, row: dict) -> "SearchConfig":
@@ -172,7 +170,7 @@ class ActiveConfig(SearchConfig):
         "The settings of one generation: those in force, with the stages of its phase."
         if self.method != "elastic" or self.phase:
             return self
-        if generation >= self.generations - 1:
+        if generation >= self.generations - 1 and self.elastic.entrants:
             return replace(self, phase="race", offspring=self.elastic.entrants)
         settings, frozen = self.elastic, self.frozen_units(space) if space else ()
         if generation == 0 and settings.profile_tokens:

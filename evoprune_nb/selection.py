@@ -188,6 +188,7 @@ def ranked_by_blocks(
     scored: Sequence[tuple[Evaluation, Genome]],  # of a stage
     parent: Genome,  # perhaps among them
     margin: float,  # standard errors that a candidate must be better than the parent
+    known: Callable[[Genome], float] = lambda genome: 0.0,  # nats of a genome that count beside its blocks
 ) -> list[tuple[Evaluation, Genome]]:
     "Best first: by difference from the parent, or, where it is not among them, from their mean."
     usable = [pair for pair in scored if not pair[0].disqualified]
@@ -198,6 +199,7 @@ def ranked_by_blocks(
         if pair[0].disqualified:
             return math.inf
         difference, error = paired_difference(pair[0].blocks, reference)
+        difference += known(pair[1]) - known(parent)
         return difference + margin * error if own and pair[1] != parent else difference
 
     return sorted(scored, key=rank)
@@ -210,6 +212,7 @@ def select(
     evaluate_stage: Callable[[Sequence[Genome], int, int], Iterator[Evaluation]],  # see `StageEvaluator`
     generation: int,  # number of this generation
     margin: float | None = None,  # compare block by block; who replaces the parent is this many errors better
+    known: Callable[[Genome], float] = lambda genome: 0.0,  # nats that count beside the blocks of a genome
 ) -> Iterator[Evaluation | Elimination]:
     "Yield evaluations and eliminations; return the survivor's genome and its last evaluation."
     candidates = list(offspring)
@@ -222,7 +225,7 @@ def select(
             yield evaluation
         scored.sort(key=lambda pair: pair[0].fitness)
         if margin is not None:
-            scored = ranked_by_blocks(scored, parent, margin)
+            scored = ranked_by_blocks(scored, parent, margin, known)
         survivors = [pair for pair in scored if not pair[0].disqualified][: stage.survivors]
         out = [pair for pair in scored if pair not in survivors]
         codes = [tuple(evaluation.genome for evaluation, _ in pairs) for pairs in (survivors, out)]

@@ -220,7 +220,7 @@ def test_wrong_settings_are_refused():
     for wrong in (dict(method="elastik"), dict(generations=2), dict(elastic=3)):
         with pytest.raises(ValueError, match="method|generations|elastic"):
             elastic_config(**wrong)
-    for wrong in (dict(scans=(1,)), dict(entrants=0), dict(margin=-1.0), dict(scan_tokens=1.5), dict(profile_tokens=-1), dict(profile_tokens=2.5), dict(profile_weights=(-0.1,)), dict(profile_weights=(float("nan"),))):
+    for wrong in (dict(scans=(1,)), dict(entrants=-1), dict(margin=-1.0), dict(scan_tokens=1.5), dict(profile_tokens=-1), dict(profile_tokens=2.5), dict(profile_weight=-0.1), dict(profile_weight=float("nan"))):
         with pytest.raises(ValueError):
             ElasticSearch(**wrong)
     with pytest.raises(ValueError, match="generations ≥ 4"):
@@ -356,7 +356,7 @@ def test_a_worker_reads_the_model_of_its_round(small, tmp_path):
 
 def profiled_config() -> SearchConfig:
     "A search that first prunes single units of the dense model."
-    elastic = replace(elastic_config().elastic, profile_tokens=128, profile_weights=(0.5,))
+    elastic = replace(elastic_config().elastic, profile_tokens=128, profile_weight=0.5)
     return elastic_config(generations=5, elastic=elastic)
 
 
@@ -380,7 +380,7 @@ def test_a_profile_of_single_units_comes_first(small, tmp_path):
     dense = Genome.parse(profile["offspring"][0])
     assert not any(dense.levels) and all(sum(map(bool, Genome.parse(code).levels)) == 1 for code in profile["offspring"][1:])
     kinds = [row["event"] for row in rows if row["event"] in ("generation", "elastic")]
-    assert kinds[:3] == ["generation", "elastic", "generation"] and scan["parent"] == profile["parent"]
+    assert kinds[:3] == ["generation", "elastic", "generation"]
     scores, race = profiled(search.engine.log.position, database.space), [row for row in rows if row["event"] == "generation"][-1]
     blocks = {row["genome"]: row["blocks"] for row in rows if row["event"] == "evaluation" and row["generation"] == 0}
     measured = {code: paired_difference(blocks[code], blocks[profile["parent"]])[0] for code in profile["offspring"]}
@@ -388,7 +388,7 @@ def test_a_profile_of_single_units_comes_first(small, tmp_path):
     unit = next(i for i, level in enumerate(Genome.parse(alone).levels) if level)
     assert scores[unit][Genome.parse(alone).levels[unit]] == pytest.approx(measured[alone] - measured[dense.code], abs=1e-5)
     total = lambda code: sum(row[level] for row, level in zip(scores, Genome.parse(code).levels))
-    assert total(race["offspring"][0]) < min(map(total, (race["parent"], scan["parent"])))
+    assert total(scan["parent"]) < total(profile["parent"]) and total(scan["parent"]) <= min(map(total, race["offspring"])), "the scan is around what costs least alone"
     history = History(tmp_path / "run")
     assert history.tokens == history.planned_tokens and level_losses(history)
     for n_steps in (7, len(profile["offspring"]) + 5):
