@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOST', 'SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints', 'fitted_parent', 'profiled',
-           'known_scores', 'known_nats', 'best_alone', 'mutants', 'entrants', 'propose', 'heldout_loss', 'create_run',
+           'known_scores', 'known_nats', 'mutants', 'entrants', 'propose', 'heldout_loss', 'create_run',
            'check_same_search', 'open_run', 'own_database', 'evaluation_row', 'row_evaluation', 'position_after',
            'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations', 'SharedWeights',
            'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
@@ -53,9 +53,9 @@ from .selection import Elimination, Evaluation, Stage, StageEvaluator, check_tex
 from .selection import paired_difference, scoring_pool, select, survey
 from .source import Source
 from .steering import SearchState, check_command
-from .surrogate import (
-    PROFILE_STEP, LossModel, archive, fit_losses, least_score, neighbours, one_unit_genomes,
-    one_unit_scores, propose_genomes)
+from evoprune_nb.surrogate import (
+    PROFILE_STEP, LossModel, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores,
+    propose_genomes)
 from .target import Budget, fit_budget, plan_budget
 
 # %% ../nbs/23_search.ipynb #853251cb
@@ -172,17 +172,6 @@ def known_nats(
     scores = known_scores(position, space)
     return lambda genome: sum(row[level] for row, level in zip(scores or (), genome.levels))
 
-# %% ../nbs/23_search.ipynb #profiled2
-def best_alone(
-    inputs: SearchInputs,  # target, space
-    position: SearchState,  # with a profile
-    parent: Genome,  # whose frozen units keep their level
-) -> Genome:
-    "The genome whose units cost least alone."
-    budget, frozen = plan_budget(inputs.space, position.rules.target)[0], position.rules.frozen_units(inputs.space)
-    kept = {unit: parent.levels[unit] for unit in frozen}
-    return least_score(profiled(position, inputs.space), inputs.space, budget, kept)
-
 # %% ../nbs/23_search.ipynb #6631fd34
 def mutants(
     inputs: SearchInputs,  # space, seed
@@ -235,8 +224,6 @@ def propose(
     levels = zip(space.units, Genome.parse(position.parent).levels, parent.levels)
     if moved := [{"unit": unit.name, "from": a, "to": b} for unit, a, b in levels if a != b]:
         more["retarget"] = moved
-    if position.generation == 1 and profiled(position, space):
-        parent = best_alone(inputs, position, parent)
     candidates = mutants(inputs, parent, position)
     if position.injected:
         budget, more["injected"] = plan_budget(space, rules.target)[0], position.injected

@@ -371,7 +371,7 @@ def test_one_unit_scores_are_measured_or_lie_between(small):
 
 
 def test_a_profile_of_single_units_comes_first(small, tmp_path):
-    "Its units are pruned in the dense model; by what they cost there, a genome from afar enters the race; also when interrupted."
+    "Its units are pruned in the dense model; what they cost there counts in every score; also when interrupted."
     model, database = small
     search = Search(tmp_path / "run", model, database, small_pools(), profiled_config())
     winner = search.run(progress=False)
@@ -380,15 +380,26 @@ def test_a_profile_of_single_units_comes_first(small, tmp_path):
     dense = Genome.parse(profile["offspring"][0])
     assert not any(dense.levels) and all(sum(map(bool, Genome.parse(code).levels)) == 1 for code in profile["offspring"][1:])
     kinds = [row["event"] for row in rows if row["event"] in ("generation", "elastic")]
-    assert kinds[:3] == ["generation", "elastic", "generation"]
-    scores, race = profiled(search.engine.log.position, database.space), [row for row in rows if row["event"] == "generation"][-1]
+    assert kinds[:3] == ["generation", "elastic", "generation"] and scan["parent"] == profile["parent"]
+    scores = profiled(search.engine.log.position, database.space)
     blocks = {row["genome"]: row["blocks"] for row in rows if row["event"] == "evaluation" and row["generation"] == 0}
     measured = {code: paired_difference(blocks[code], blocks[profile["parent"]])[0] for code in profile["offspring"]}
     alone = profile["offspring"][1]
     unit = next(i for i, level in enumerate(Genome.parse(alone).levels) if level)
     assert scores[unit][Genome.parse(alone).levels[unit]] == pytest.approx(measured[alone] - measured[dense.code], abs=1e-5)
     total = lambda code: sum(row[level] for row, level in zip(scores, Genome.parse(code).levels))
-    assert total(scan["parent"]) < total(profile["parent"]) and total(scan["parent"]) <= min(map(total, race["offspring"])), "the scan is around what costs least alone"
+    history = History(tmp_path / "run")
+    evolve = next(attempt for attempt in history.attempts if attempt.rules.phase == "evolve")
+    parent, blocks = evolve.begin["parent"], {row["genome"]: row["blocks"] for row in evolve.evaluations}
+    compared = {code: paired_difference(losses, blocks[parent]) for code, losses in blocks.items()}
+    score = {code: difference + 0.5 * (total(code) - total(parent)) + (error if code != parent else 0) for code, (difference, error) in compared.items()}
+    assert evolve.end["genome"] == min(score, key=score.get)
+    observed = [Observation(code, scan["parent"], *found) for code, *found in next(row for row in rows if row["event"] == "survivor" and row["generation"] == 1)["observed"]]
+    expected = fit_losses(observed, Genome.parse(parent), database.space, [[0.5 * nats for nats in row] for row in scores])
+    budget = plan_budget(database.space, search.config.target)[0]
+    best = min(({*map(Genome.parse, evolve.begin["offspring"])} | {Genome.parse(parent)}), key=expected.predict)
+    others = [draw_genome(Genome.parse(parent), database.space, budget, random.Random(n), 0.5) for n in range(300)]
+    assert expected.predict(best) <= min(map(expected.predict, others)), "the best of all genomes is proposed, however far away"
     history = History(tmp_path / "run")
     assert history.tokens == history.planned_tokens and level_losses(history)
     for n_steps in (7, len(profile["offspring"]) + 5):
