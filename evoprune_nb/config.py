@@ -28,6 +28,7 @@ class ElasticSearch:
     training: ElasticTraining = ElasticTraining()  # of the elastic model
     scans: tuple[int, ...] = (0,)  # generations that begin a round: trained around the parent, then a scan
     scan_tokens: int = 4096  # per neighbour
+    scan_steps: tuple[int, ...] = (1,)  # levels up and down that a scan moves each unit by
     scoring_tokens: int = 4096  # per candidate of the other generations
     entrants: int = 8  # candidates of the last generation, the race; 0: no race
     margin: float = 1.0  # standard errors that a candidate must be better than the parent to replace it
@@ -36,12 +37,17 @@ class ElasticSearch:
 
     def __post_init__(self):
         object.__setattr__(self, "scans", tuple(self.scans))
+        object.__setattr__(self, "scan_steps", tuple(self.scan_steps))
+        for step in self.scan_steps:
+            check_whole("scan_steps", step, 1)
         for name, least in (("scan_tokens", 1), ("scoring_tokens", 1), ("entrants", 0), ("profile_tokens", 0)):
             check_whole(name, getattr(self, name), least)
         check_number("margin", self.margin, 0)
         check_number("profile_weight", self.profile_weight, 0)
         for generation in self.scans:
             check_whole("scans", generation, 0)
+        if not self.scan_steps:
+            raise ValueError("scan_steps needs at least one step, e.g. (1,)")
         if 0 not in self.scans:
             raise ValueError(f"the first generation (0) must be among scans; got {self.scans}")
 
@@ -180,7 +186,7 @@ class ActiveConfig(SearchConfig):
         if generation not in self.rounds:
             stages = (Stage(1, 0, settings.scoring_tokens),)
             return replace(self, phase="evolve", stages=stages, warm_start=False)
-        n = 2 * (len(space.units) - len(frozen)) if space else self.offspring
+        n = 2 * len(settings.scan_steps) * (len(space.units) - len(frozen)) if space else self.offspring
         stages = (Stage(1, 0, settings.scan_tokens),)
         return replace(self, phase="scan", offspring=max(1, n), stages=stages, warm_start=False)
 

@@ -186,7 +186,7 @@ def mutants(
         base = parent.with_levels([level if i in frozen else 0 for i, level in enumerate(parent.levels)])
         return one_unit_genomes(space, PROFILE_STEP, base, frozen)
     if rules.phase == "scan":
-        return neighbours(parent, space, budget, frozen)
+        return neighbours(parent, space, budget, frozen, rules.elastic.scan_steps)
     observed = [seen for row in position.measured for seen in row]
     if rules.phase == "" or not observed:
         return make_offspring(

@@ -88,12 +88,13 @@ def neighbours(
     space: Space,  # its units and levels
     budget: Budget,  # its caps are kept, its limits are not
     frozen: Collection[int] = (),  # indices of units that keep their level
+    steps: Sequence[int] = (1,),  # levels up and down; beyond the first and the last, those
 ) -> list[Genome]:
-    "All genomes that differ by one level of one unit."
+    "All genomes that differ in one unit, by such a step."
     found = []
     for unit, level in enumerate(genome.levels):
-        steps = [] if unit in frozen else {level - 1, level + 1} & set(budget.levels(space, unit))
-        for other in sorted(steps):
+        wanted = {min(max(level + by, 0), space.n_levels(unit) - 1) for n in steps for by in (-n, n)} - {level}
+        for other in sorted(wanted & set(budget.levels(space, unit)) if unit not in frozen else ()):
             found.append(genome.with_levels([*genome.levels[:unit], other, *genome.levels[unit + 1 :]]))
     return found
 

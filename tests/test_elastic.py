@@ -20,7 +20,7 @@ from evoprune_nb.replay import replay
 from evoprune_nb.search import Search, profiled
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
 from evoprune_nb.surrogate import Observation, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores, propose_genomes
-from evoprune_nb.target import Target, plan_budget
+from evoprune_nb.target import Budget, Target, plan_budget
 from evoprune_nb.training import Training
 from evoprune_nb.ui.gallery import level_losses
 from evoprune_nb.ui.importance import importance_figure
@@ -220,7 +220,7 @@ def test_wrong_settings_are_refused():
     for wrong in (dict(method="elastik"), dict(generations=2), dict(elastic=3)):
         with pytest.raises(ValueError, match="method|generations|elastic"):
             elastic_config(**wrong)
-    for wrong in (dict(scans=(1,)), dict(entrants=-1), dict(margin=-1.0), dict(scan_tokens=1.5), dict(profile_tokens=-1), dict(profile_tokens=2.5), dict(profile_weight=-0.1), dict(profile_weight=float("nan"))):
+    for wrong in (dict(scans=(1,)), dict(entrants=-1), dict(margin=-1.0), dict(scan_tokens=1.5), dict(profile_tokens=-1), dict(profile_tokens=2.5), dict(profile_weight=-0.1), dict(scan_steps=()), dict(scan_steps=(0,)), dict(scan_steps=(1.5,)), dict(profile_weight=float("nan"))):
         with pytest.raises(ValueError):
             ElasticSearch(**wrong)
     with pytest.raises(ValueError, match="generations ≥ 4"):
@@ -358,6 +358,17 @@ def profiled_config() -> SearchConfig:
     "A search that first prunes single units of the dense model."
     elastic = replace(elastic_config().elastic, profile_tokens=128, profile_weight=0.5)
     return elastic_config(generations=5, elastic=elastic)
+
+
+def test_steps_of_a_scan(small):
+    "Up and down by each step, as far as there are levels; caps and frozen units are kept."
+    units = small[1].space.units
+    space = Grid((units[0], units[-1]), ((0, 1, 2, 4), (0, 10, 20, 30, 40)))
+    center, free = Genome.parse("1/2"), Budget({"params": 1.0})
+    codes = lambda *steps, **more: [genome.code for genome in neighbours(center, space, free, steps=steps, **more)]
+    assert codes(1) == ["0/2", "2/2", "1/1", "1/3"]
+    assert codes(1, 3) == ["0/2", "2/2", "3/2", "1/0", "1/1", "1/3", "1/4"]
+    assert codes(3, frozen=(1,)) == ["0/2", "3/2"]
 
 
 def test_one_unit_scores_are_measured_or_lie_between(small):
