@@ -6,8 +6,8 @@
 __all__ = ['LOST', 'SearchInputs', 'check_elastic_text', 'check_inputs', 'fingerprints', 'fitted_parent', 'profiled',
            'known_scores', 'known_nats', 'mutants', 'entrants', 'propose', 'heldout_loss', 'create_run',
            'check_same_search', 'open_run', 'own_database', 'evaluation_row', 'row_evaluation', 'position_after',
-           'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations', 'SharedWeights',
-           'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
+           'RunLog', 'check_injected', 'check_at', 'outcome', 'CommandQueue', 'Evaluations', 'elastic_file',
+           'SharedWeights', 'candidate_evaluator', 'StatusBoard', 'Engine', 'stage_steps', 'AllDisqualified', 'give_up',
            'end_generation', 'selection', 'observations', 'train_elastic', 'generation_steps', 'search_steps',
            'Stepper', 'drive_steps', 'leave', 'SearchBar', 'SearchView', 'held', 'first_evaluations', 'Search',
            'add_costs', 'check_search']
@@ -549,6 +549,15 @@ class Evaluations:
         self._made_for = None
 
 # %% ../nbs/23_search.ipynb #55ab10c8
+def elastic_file(
+    path: Path,  # of the one around the uniform genome
+    center: str,  # genome that it is trained around; empty: the uniform one
+    work: str,  # from `elastic_work`
+) -> Path:
+    "Where an elastic model of a search lies."
+    return path.with_stem(f"{path.stem}-{work}") if center else path
+
+
 class SharedWeights:
     "The elastic models of a search, one for each round; the latest is held."
 
@@ -569,7 +578,7 @@ class SharedWeights:
         seed = derive_seed(inputs.config.seed, *words, "elastic")
         settings = inputs.config.elastic.training
         made_of = inputs.database, inputs.pools["tuning"], budget, genome, settings, seed
-        path = self.path.with_stem(f"{self.path.stem}-{elastic_work(*made_of)}") if center else self.path
+        path = elastic_file(self.path, center, elastic_work(*made_of))
         self._held = "", None  # two are never held at once
         model, result = elastic_model(inputs.model, *made_of, path)
         self._held = center, model

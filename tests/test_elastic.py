@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import events, short_config, small_pools
+from helpers import events, short_config, small_pools, word_tokenizer
 
 import evoprune_nb.elastic
+from evoprune_nb.ship import export
 from evoprune_nb.candidates import materialize
 from evoprune_nb.config import ActiveConfig, ElasticSearch, SearchConfig
 from evoprune_nb.elastic import Elastic, ElasticTraining, draw_genome, elastic_model, elastic_step, train_elastic
@@ -423,3 +424,22 @@ def test_a_profile_of_single_units_comes_first(small, tmp_path):
         assert Search(again, model, database, small_pools(), profiled_config()).run(progress=False) == winner
         assert events(again) == rows
     assert replay(tmp_path / "run", tmp_path / "replay", model, database, small_pools(), progress=False) == winner
+
+
+def test_a_winner_with_the_weights_that_its_search_has_trained(small, tmp_path, monkeypatch):
+    "Those of the elastic model of the last round, whatever is steered; the card says so."
+    model, database = small
+    pools, config = small_pools(), elastic_config(generations=5, elastic=replace(elastic_config().elastic, scans=(0, 2)))
+    search = Search(tmp_path / "run", model, database, pools, config)
+    winner = search.run(progress=False)
+    monkeypatch.setattr(export, "load_model", lambda *_: (model, word_tokenizer("none")))
+    candidate, _, history = export.load_winner(tmp_path / "run", "mine", database=database.directory, weights="elastic")
+    assert history.position.center, "the last round is around another genome than the uniform one"
+    expected = search.engine.weights(history.position.center).candidate(winner)
+    assert all(torch.equal(a, b) for a, b in zip(candidate.parameters(), expected.parameters(), strict=True))
+    untrained = materialize(model, database, winner)
+    assert not all(torch.equal(a, b) for a, b in zip(candidate.parameters(), untrained.parameters(), strict=True))
+    assert f"trained on {config.elastic.training.tokens:,} tokens" in export.run_card(history, weights="elastic").provenance["weights"]
+    next((tmp_path / "run").glob("elastic-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="is not there: start the search again"):
+        export.load_winner(tmp_path / "run", "mine", database=database.directory, weights="elastic")

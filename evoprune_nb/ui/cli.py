@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMATS', 'COMMANDS', 'add_option', 'run_options', 'planned_runs', 'index_options', 'fetch_options',
-           'winner_options', 'eval_options', 'plan_options', 'search_config', 'search_options', 'post_train_options',
-           'export_options', 'push_options', 'rebuild_options', 'make_parser', 'main']
+           'winner_options', 'weights_option', 'eval_options', 'plan_options', 'search_config', 'search_options',
+           'post_train_options', 'export_options', 'push_options', 'rebuild_options', 'make_parser', 'main']
 
 # %% ../../nbs/ui/21_cli.ipynb #bbce10a2
 import argparse
@@ -48,7 +48,7 @@ from ..search import Search, SearchConfig
 from ..selection import Stage
 from ..ship.cards import Card, add_scores, read_card
 from ..ship.export import check_vllm, export_hf, is_run, load_exported, load_searched, load_winner
-from ..ship.export import run_card
+from ..ship.export import WEIGHTS, run_card
 from ..ship.gguf import QUANTISED, export_gguf
 from ..ship.padded import export_padded
 from ..ship.posttraining import PostTraining, post_train_checkpoint
@@ -262,13 +262,22 @@ def winner_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--database", None, "of a run directory: its level database, if it lies elsewhere")
 
 
-def _checkpoint(source: str, options: argparse.Namespace, scratch: str) -> str:
+def weights_option(parser: argparse.ArgumentParser) -> None:
+    "Which weights the winner of a run gets."
+    words = "of a run directory: of the level database, or of the elastic model that the search has trained"
+    add_option(parser, "--weights", WEIGHTS[0], words, choices=WEIGHTS)
+
+
+def _checkpoint(source: str, options: argparse.Namespace, scratch: str, weights: str = WEIGHTS[0]) -> str:
     "The source itself; for a run directory, its winner, exported."
     if not is_run(source):
+        if weights != WEIGHTS[0]:
+            raise ValueError(f"{source} is a checkpoint; --weights goes with a run directory")
         return source
-    candidate, tokenizer, history = load_winner(source, options.model, database=options.database)
+    candidate, tokenizer, history = load_winner(
+        source, options.model, database=options.database, weights=weights)
     figure = genome_figure(history.winner, history.space)
-    card = run_card(history, base_model=options.model, figure=figure)
+    card = run_card(history, base_model=options.model, figure=figure, weights=weights)
     return str(export_hf(candidate, tokenizer, Path(scratch) / "winner", card))
 
 # %% ../../nbs/ui/21_cli.ipynb #2e2b3446
@@ -619,6 +628,7 @@ def post_train_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--cpu", False, "stay on the CPU even where there is an accelerator")
     add_option(parser, "--report-to", "none", "Trainer's logging integration, e.g. tensorboard, wandb")
     winner_options(parser)
+    weights_option(parser)
 
 # %% ../../nbs/ui/21_cli.ipynb #c746f9bb
 def _post_train(options: argparse.Namespace) -> None:
@@ -626,7 +636,7 @@ def _post_train(options: argparse.Namespace) -> None:
     settings = PostTraining(**{field.name: getattr(options, field.name) for field in fields(PostTraining)})
     more = dict(teacher=options.teacher, checkpoint_tokens=options.checkpoint_tokens, use_cpu=options.cpu)
     with tempfile.TemporaryDirectory() as scratch:
-        source, out = _checkpoint(options.source, options, scratch), options.out
+        source, out = _checkpoint(options.source, options, scratch, options.weights), options.out
         out = post_train_checkpoint(
             source, out, settings, options.text, options.column, report_to=options.report_to, **more)
     if int(os.environ.get("RANK", "0")) == 0:  # one of several processes speaks
@@ -656,6 +666,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--vllm", False, "hf: refuse what vLLM's Transformers backend does not run")
     add_option(parser, "--max-shard-size", "5GB", "hf and padded: split larger weights into several files")
     winner_options(parser)
+    weights_option(parser)
 
 # %% ../../nbs/ui/21_cli.ipynb #af350f4f
 def _check_export(options: argparse.Namespace) -> None:
@@ -693,13 +704,15 @@ def _pruned(options: argparse.Namespace) -> tuple[nn.Module, object, Card]:
         raise ValueError(f"{source} is neither a run directory nor a checkpoint: it has no config.json")
     if not is_run(source):
         names = "model", "database", "dtype", "genome"
-        if given := [f"--{name}" for name in names if getattr(options, name)]:
+        given = [f"--{name}" for name in names if getattr(options, name)]
+        if given := given + ["--weights"] * (options.weights != WEIGHTS[0]):
             raise ValueError(f"{source} is a checkpoint; {', '.join(given)} goes with a run directory")
         return *load_exported(source), read_card(source)
     model, tokenizer, history = load_winner(
-        source, options.model, options.dtype, options.database, genome=options.genome)
+        source, options.model, options.dtype, options.database, genome=options.genome, weights=options.weights)
     genome = Genome.parse(options.genome) if options.genome else history.winner
-    return model, tokenizer, run_card(history, genome, options.model, genome_figure(genome, history.space))
+    figure = genome_figure(genome, history.space)
+    return model, tokenizer, run_card(history, genome, options.model, figure, weights=options.weights)
 
 # %% ../../nbs/ui/21_cli.ipynb #ae61b9b7
 def push_options(parser: argparse.ArgumentParser) -> None:
