@@ -28,12 +28,12 @@ class ElasticSearch:
     training: ElasticTraining = ElasticTraining()  # of the elastic model
     scans: tuple[int, ...] = (0,)  # generations that begin a round: trained around the parent, then a scan
     scan_tokens: int = 4096  # per neighbour
-    scan_steps: tuple[int, ...] = (1,)  # levels up and down that a scan moves each unit by
     scoring_tokens: int = 4096  # per candidate of the other generations
     entrants: int = 8  # candidates of the last generation, the race; 0: no race
     margin: float = 1.0  # standard errors that a candidate must be better than the parent to replace it
     profile_tokens: int = 0  # per genome of a first generation that prunes single units of the dense model; 0: none
     profile_weight: float = 0.5  # of what a genome's units cost alone, beside its loss in the elastic model
+    scan_steps: tuple[int, ...] = (1,)  # levels up and down that a scan moves each unit by
 
     def __post_init__(self):
         object.__setattr__(self, "scans", tuple(self.scans))

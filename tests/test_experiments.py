@@ -123,12 +123,14 @@ def check_page(path: Path, n_images: int) -> Resources:
 
 
 def test_demo_with_an_elastic_search(tmp_path, corpus):
-    "The other method, in two rounds: the race has the stages, and the report shows the measurements."
-    changes = dict(method="elastic", generations="5", rounds="[0, 2]", survivors="[1]", tuning_tokens="[256]", scoring_tokens="[128]", elastic_tokens="1024", scan_tokens="128", elastic_scoring="128", entrants="2")
+    "The other method, in two rounds: the race has the stages, the report shows the measurements, and says whose weights were trained on."
+    changes = dict(method="elastic", weights="elastic", generations="5", rounds="[0, 2]", survivors="[1]", tuning_tokens="[256]", scoring_tokens="[128]", elastic_tokens="1024", scan_tokens="128", elastic_scoring="128", entrants="2")
     assert run(DEMO, tmp_path, "demo", corpus, **changes) == 0
     check_page(tmp_path / "reports" / "demo" / "report.html", len(FIGURES) + 1)
     history = History(tmp_path / "runs" / "demo")
     assert [generation for generation, _ in history.position.centers] == [0, 2] and history.rules.training.schedule == "cosine"
+    found = results(tmp_path / "reports" / "demo")["results"]
+    assert found["models"]["evolved"]["before"]["perplexity"] > 0 and "began with weights that its search had trained on 1,024 tokens" in (tmp_path / "reports" / "demo" / "report.html").read_text()
 
 
 def test_demo_report_leads_with_its_result(demo):
