@@ -39,7 +39,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
-        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm]", variants="{half: {elastic_tokens: 512}}", heldout_tokens="1024", latency_turns="1",
+        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights']", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}}", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
     "serving": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
@@ -201,6 +201,11 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
     report = tmp_path / "reports" / "it"
     check_page(report / "report.html", len(list((report / "figures").glob("*.png"))) if has_report else 0)
     assert (report / "results.json").exists() == has_report
+    if notebook.stem == "search":
+        found, page = results(report)["results"], (report / "report.html").read_text()
+        assert "begins with weights that its search has trained on 1,024 tokens" in page and "after 2,048 tokens of post-training, as many as ours in all" in page
+        cells = sorted(tmp_path.rglob("trained/*.json"))
+        assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
         assert model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
