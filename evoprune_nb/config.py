@@ -124,11 +124,11 @@ def _check_types(config: SearchConfig) -> None:
         check_whole(name, getattr(config, name), least, _MOST.get(name))
     check_whole("seed", config.seed)
     check_choice("method", config.method, METHODS)
-    least = 4 if config.elastic.profile_tokens else 3
+    least = 2 + (config.elastic.profile_tokens > 0) + (config.elastic.entrants > 0)
     if config.method == "elastic" and config.generations < least:
         raise ValueError(
-            f"method 'elastic' needs generations ≥ {least}: a profile (if profile_tokens says so), then a scan "
-            f"of sensitivities, evolution, and the race; got {config.generations}")
+            f"method 'elastic' needs generations ≥ {least}: a profile (if profile_tokens says so), a scan of "
+            f"sensitivities, evolution, and the race (if there are entrants); got {config.generations}")
 
 # %% ../nbs/19_config.ipynb #dfad7c31
 _RENAMED = {"at_once": "n_jobs", "max_flips": "max_swaps"}  # setting of version 0.1 → its name now

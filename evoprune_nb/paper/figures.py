@@ -279,8 +279,9 @@ def _stage_title(history: History, stage: int) -> str:
     "What a stage is, above its panel."
     name, stages = f"Stage {stage + 1}", history.rules_in_force.stages
     if history.rules.method == "elastic":  # all generations but the last have one stage, without tuning
-        stages = history.rules.stages
-        name = "In the elastic model; at last, stage 1 of the race" if stage == 0 else f"{name} of the race"
+        stages = history.rules.at(history.rules.generations - 1).stages
+        race = "; at last, stage 1 of the race" if history.config.elastic.entrants else ""
+        name = f"In the elastic model{race}" if stage == 0 else f"{name} of the race"
     words = _stage_label(stage, stages[stage]).split("\n")[1:] if stage < len(stages) else []
     return name + (f": {', '.join(words)} tokens" if words else "")
 
