@@ -624,6 +624,8 @@ def stages_figure(
     add_hints(axes, frame.stage, frame["rank"], _evaluation_words(history, frame), colors)
     elastic = history.config.method == "elastic"
     words = "who beats the parent by more than the error" if elastic else "who survived"
+    if elastic and history.config.elastic.profile_tokens:
+        words = "the best by fitness and by what its units cost alone"
     axes.set_title(f"Generation {generation + 1}: {words}", pad=30)
     axes.set(ylabel="rank (1 is best)", xlim=(-0.5, n_stages - 0.6), ylim=(n_ranks + 0.7, 0.3))
     axes.set_xticks(
