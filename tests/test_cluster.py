@@ -1,5 +1,6 @@
 """A search on a cluster writes the log of a search alone, whoever joins, dies or steers meanwhile."""
 import os
+import socket
 import threading
 from concurrent.futures import Future
 
@@ -13,9 +14,11 @@ from evoprune_nb.cluster.building import build_on_cluster
 from evoprune_nb.cluster.dispatch import WorkerLost, hand_out
 from evoprune_nb.cluster.parts import describe_parts, load_inputs
 from evoprune_nb.cluster.stages import Cluster
+from evoprune_nb.history import History
 from evoprune_nb.search import Search, SearchInputs
 from evoprune_nb.source import Source
 from evoprune_nb.ui.cli import main
+from evoprune_nb.ui.panel import workers_html
 
 SLOW = {  # a machine with much else to do takes longer to start processes than Ray allows
     "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300",
@@ -164,4 +167,4 @@ def test_the_command_searches_on_a_cluster(machines, tmp_path, corpus, capsys):
         assert main(["search", "tiny", str(tmp_path / name), *words, *more]) == 0
     alone, on = ([{key: value for key, value in row.items() if key not in ("host", "device")} for row in events(tmp_path / name)] for name in where)
     assert on == alone and "evoprune export" in capsys.readouterr().out
-    assert any("host" in row for row in events(tmp_path / "cluster"))
+    assert f"<td>{socket.gethostname()}</td><td>cpu</td>" in workers_html(History(tmp_path / "cluster"))

@@ -437,7 +437,7 @@ def log_html(history: History) -> str:
 
 # %% ../../nbs/ui/01_panel.ipynb #5d52f6fd
 def workers_html(history: History) -> str:
-    "Who evaluated how many candidates, in all and in the latest generation; empty for a search in one process."
+    "Who evaluated how many candidates, in all and in the latest generation; empty before there are any."
     frame = history.evaluations
     frame = frame[frame.host.fillna("") != ""]
     if frame.empty:
@@ -449,7 +449,7 @@ def workers_html(history: History) -> str:
 
 
 def budget_html(history: History) -> str:
-    "Tokens used and planned by purpose, the rules that the plan follows, and the workers of a cluster."
+    "Tokens used and planned by purpose, the rules that the plan follows, and the workers."
     used, planned = history.tokens, history.planned_tokens
     counts = [(name, used[name], planned[name]) for name in ("tuning", "scoring")]
     counts.append(("in all", sum(used.values()), sum(planned.values())))
