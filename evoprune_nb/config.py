@@ -36,8 +36,10 @@ class ElasticSearch:
     scan_steps: tuple[int, ...] = (1,)  # levels up and down that a scan moves each unit by
 
     def __post_init__(self):
-        object.__setattr__(self, "scans", tuple(self.scans))
-        object.__setattr__(self, "scan_steps", tuple(self.scan_steps))
+        for name in ("scans", "scan_steps"):
+            if not isinstance(value := getattr(self, name), list | tuple):
+                raise ValueError(f"{name} must be a list of whole numbers, e.g. [1, 4]; got {shown(value)}")
+            object.__setattr__(self, name, tuple(value))
         for step in self.scan_steps:
             check_whole("scan_steps", step, 1)
         for name, least in (("scan_tokens", 1), ("scoring_tokens", 1), ("entrants", 0), ("profile_tokens", 0)):
@@ -56,7 +58,7 @@ class ElasticSearch:
         "From JSON."
         training = dict(row["training"])
         training["training"] = Training(**training["training"])
-        present = {name: value for name, value in row.items() if name != "profile_weights"}  # of 26 Nov 2026 alone
+        present = {name: value for name, value in row.items() if name != "profile_weights"}  # runs that have it still open
         return cls(**present | {"training": ElasticTraining(**training)})
 
 # %% ../nbs/19_config.ipynb #78eaa7fc

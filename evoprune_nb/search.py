@@ -53,9 +53,8 @@ from .selection import Elimination, Evaluation, Stage, StageEvaluator, check_tex
 from .selection import paired_difference, scoring_pool, select, survey
 from .source import Source
 from .steering import SearchState, check_command
-from evoprune_nb.surrogate import (
-    PROFILE_STEP, LossModel, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores,
-    propose_genomes)
+from .surrogate import PROFILE_STEP, LossModel, archive, fit_losses, neighbours
+from .surrogate import one_unit_genomes, one_unit_scores, propose_genomes
 from .target import Budget, fit_budget, plan_budget
 
 # %% ../nbs/23_search.ipynb #853251cb

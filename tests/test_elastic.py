@@ -1,6 +1,6 @@
 """The elastic model, what is learnt in it, and the search that uses both."""
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from evoprune_nb.losses import next_token_loss
 from evoprune_nb.mutation import make_offspring
 from evoprune_nb.paper.figures import _tokens_used, fitness_figure
 from evoprune_nb.replay import replay
+from evoprune_nb.runlog import plain_json
 from evoprune_nb.search import Search, profiled
 from evoprune_nb.selection import Evaluation, Stage, paired_difference, ranked_by_blocks
 from evoprune_nb.surrogate import Observation, archive, fit_losses, neighbours, one_unit_genomes, one_unit_scores, propose_genomes
@@ -443,3 +444,24 @@ def test_a_winner_with_the_weights_that_its_search_has_trained(small, tmp_path, 
     next((tmp_path / "run").glob("elastic-*.safetensors")).unlink()
     with pytest.raises(ValueError, match="is not there: start the search again"):
         export.load_winner(tmp_path / "run", "mine", database=database.directory, weights="elastic")
+
+
+def test_a_search_without_a_race(small, tmp_path):
+    "It ends with evolution: nothing was tuned, and its figures speak of no race."
+    model, database = small
+    elastic = replace(elastic_config().elastic, entrants=0, profile_tokens=64, scan_steps=(1, 3))
+    search = Search(tmp_path / "run", model, database, small_pools(), elastic_config(elastic=elastic))
+    winner, history = search.run(progress=False), History(tmp_path / "run")
+    assert [attempt.rules.phase for attempt in history.attempts] == ["profile", "scan", "evolve", "evolve"]
+    assert set(history.evaluations.tuning_tokens) == {0} and winner == history.winner
+    titles = [axes.get_title() for axes in fitness_figure(history).axes]
+    assert any("In the elastic model" in title for title in titles) and not any("race" in title for title in titles)
+    with pytest.raises(ValueError, match="generations ≥ 3"):
+        elastic_config(generations=2, elastic=elastic)
+
+
+def test_settings_of_a_day_are_read(small):
+    "Runs of the profile's first form hold a setting that is gone."
+    row = plain_json(asdict(elastic_config()))
+    row["elastic"]["profile_weights"] = [0.3, 1.0]
+    assert SearchConfig.from_dict(row) == elastic_config()
