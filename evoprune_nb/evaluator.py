@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORING_BATCH', 'SHARED_CHUNKS', 'ScoringText', 'draw_scoring_text', 'score', 'score_blocks', 'fitness_of',
-           'ScoringTexts', 'check_fitness', 'StageParts', 'CandidateEvaluator', 'Evaluator', 'most_common',
-           'first_own_layer', 'start_from_reference', 'SharedHead']
+           'ScoringTexts', 'check_fitness', 'check_shares', 'StageParts', 'CandidateEvaluator', 'Evaluator',
+           'most_common', 'first_own_layer', 'start_from_reference', 'SharedHead']
 
 # %% ../nbs/18_evaluator.ipynb #52f9aa02
 import math
@@ -32,6 +32,7 @@ from .losses import cross_entropy, final_hidden, head_is_linear, kl_divergence, 
 from .machine.allocator import keep_freed_memory
 from .machine.checks import check_whole
 from .machine.device import device_name
+from .machine.team import ALONE, Team, compute
 from .machine.threads import in_order, widths
 from .models import decoder_layers
 from .pruning import layer_span
@@ -50,12 +51,13 @@ class ScoringText:
     batches: list[torch.Tensor]  # blocks, (batch, seq) token ids
     hidden: list[torch.Tensor | None]  # the dense model's of each batch, (positions, hidden)
     head: Callable[[torch.Tensor], torch.Tensor]  # of the dense model: hidden → logits
+    team: Team = ALONE  # devices that share the work; the batches are this one's part
     reference: Genome | None = None  # untuned candidates start from its hidden states
     entering: list[deque] = field(default_factory=list)  # by layer: what enters it in the reference, by batch
 
     @property
     def n_tokens(self) -> int:
-        return sum(batch.numel() for batch in self.batches)
+        return self.team.size * sum(batch.numel() for batch in self.batches)
 
 # %% ../nbs/18_evaluator.ipynb #fd326fd4
 @torch.no_grad()
@@ -66,11 +68,12 @@ def draw_scoring_text(
     seed: int,  # which
     divergence: bool = True,  # to be scored by the divergence from the dense model
     batch_size: int = SCORING_BATCH,  # blocks per forward pass
+    team: Team = ALONE,  # devices that share the work, each with its part of the text
 ) -> ScoringText:
     "Draw the text of a stage and run the dense model on it."
-    batches = scoring_pool(pools, stage).draw(stage.scoring_tokens, seed).split(batch_size)
+    batches = team.part(scoring_pool(pools, stage).draw(stage.scoring_tokens, seed)).split(batch_size)
     hidden = [final_hidden(model, batch).flatten(0, 1) if divergence else None for batch in batches]
-    return ScoringText(batches, hidden, model.get_output_embeddings())
+    return ScoringText(batches, hidden, model.get_output_embeddings(), team)
 
 # %% ../nbs/18_evaluator.ipynb #cf6229f3
 def _states(
@@ -81,7 +84,7 @@ def _states(
     with layer_span(candidate, range(first_layer, len(decoder_layers(candidate)[1])), entering):
         for batch, dense in zip(text.batches, text.hidden):
             check_cancelled()
-            yield final_hidden(candidate, batch), batch, dense
+            yield compute(candidate, final_hidden, batch), batch, dense
 
 # %% ../nbs/18_evaluator.ipynb #fe86b0af
 @torch.no_grad()
@@ -99,7 +102,8 @@ def score(
         else:
             loss, weight = kl_divergence(text.head, dense, head, hidden.flatten(0, 1)), batch.numel()
         total, n = total + loss * weight, n + weight
-    return perplexity(total / n) if text.hidden[0] is None else total / n
+    mean = text.team.mean(total / n)
+    return perplexity(mean) if text.hidden[0] is None else mean
 
 # %% ../nbs/18_evaluator.ipynb #81805c60
 @torch.no_grad()
@@ -118,7 +122,7 @@ def score_blocks(
             else:
                 loss = kl_divergence(text.head, dense.view(*hidden.shape)[i], head, hidden[i])
             found.append(round(loss, 6))
-    return tuple(found)
+    return tuple(text.team.together(found))
 
 # %% ../nbs/18_evaluator.ipynb #46e0ffec
 def fitness_of(
@@ -151,8 +155,10 @@ class ScoringTexts:
         divergence: bool = True,  # candidates are scored by the divergence from the dense model
         batch_size: int = SCORING_BATCH,  # blocks per forward pass
         shared: bool = False,  # several candidates ask for the dense model's logits at about the same time
+        team: Team = ALONE,  # devices that share the work
     ):
-        self.draw = partial(draw_scoring_text, model, pools, divergence=divergence, batch_size=batch_size)
+        self.draw = partial(
+            draw_scoring_text, model, pools, divergence=divergence, batch_size=batch_size, team=team)
         self.stages, self.seed, self.shared, self._latest = stages, seed, shared, (None, None)
 
     def __call__(self, generation: int, stage: int) -> ScoringText:
@@ -178,6 +184,23 @@ def check_fitness(
             f"{type(model).__name__} scales or caps its logits after the head; "
             "such models cannot be scored here yet")
 
+# %% ../nbs/18_evaluator.ipynb #6b7d9e41
+def check_shares(
+    size: int,  # devices that share a candidate
+    stages: Sequence[Stage],  # the schedule
+    training: Training,  # how candidates are tuned
+    seq_len: int,  # tokens per block
+) -> None:
+    "Raise `ValueError` unless every step and every stage can be divided into equal parts of whole blocks."
+    drawn = [stage.drawn(seq_len) for stage in stages]
+    counts = {"batch_size": training.batch_size if any(stage.tuning_tokens for stage in drawn) else 0}
+    for i, stage in enumerate(drawn):
+        counts[f"tuning of stage {i}"] = stage.tuning_tokens // seq_len
+        counts[f"scoring of stage {i}"] = max(1, stage.scoring_tokens // seq_len)
+    if uneven := [f"{name} ({n})" for name, n in counts.items() if n % size]:
+        raise ValueError(f"{size} devices that share a candidate need blocks in multiples of {size}: "
+                         f"change {', '.join(uneven)}")
+
 # %% ../nbs/18_evaluator.ipynb #b8778986
 class StageParts:
     "What the candidates of a stage share: the tuner, the text, a reference."
@@ -196,18 +219,21 @@ class StageParts:
         n_jobs: int = 1,  # candidates evaluated at a time, each with its share of the cores
         elastic: Callable[[], Elastic] | None = None,  # weights that candidates share; None: dense ones
         by_block: bool = False,  # also give the score of every block
+        team: Team = ALONE,  # devices that share each candidate
     ):
         check_fitness(model, fitness, by_block)
         for name, n in {"seed": seed, "batch_size": batch_size, "n_jobs": n_jobs}.items():
             check_whole(name, n, None if name == "seed" else 1)
         check_warm_start(warm_start, stages)
         check_text(pools, stages)
+        check_shares(team.size, stages, training, pools["scoring"].seq_len)
         self.model, self.database, self.stages, self.n_jobs = model, database, tuple(stages), n_jobs
         self.elastic, self.by_block, self.own = elastic, by_block, FITNESS[fitness]
-        self.tuner = Tuner(model, database, pools, self.stages, training, seed, warm_start)
+        self.tuner = Tuner(model, database, pools, self.stages, training, seed, warm_start, team)
         self.scoring_text = ScoringTexts(
-            model, pools, self.stages, seed, fitness != "perplexity", batch_size, shared=n_jobs > 1)
-        self.machine = {"host": socket.gethostname(), "device": device_name(model.device)}
+            model, pools, self.stages, seed, fitness != "perplexity", batch_size, n_jobs > 1, team)
+        shared_by = f"{team.size} × " if team.size > 1 else ""
+        self.machine = {"host": socket.gethostname(), "device": shared_by + device_name(model.device)}
 
     def shared(self, candidates: Sequence[Genome], generation: int, stage: int) -> ScoringText:
         "The text that all candidates of a stage are scored on, with the hidden states of a reference."

@@ -45,6 +45,7 @@ from .machine.checks import shown
 from .machine.device import provenance
 from .machine.files import process_is_gone, read_json, write_json
 from .machine.lock import DirectoryBusy, DirectoryLock, contents
+from .machine.team import ALONE, Team
 from .models import model_fingerprint, prunable_units
 from .mutation import make_offspring
 from .runlog import EventLog, RunDiverged, parse_settings, plain_json, read_events, read_settings
@@ -588,13 +589,14 @@ class SharedWeights:
 def candidate_evaluator(
     inputs: SearchInputs,  # of the search
     weights: SharedWeights,  # of method "elastic"
+    team: Team = ALONE,  # devices that share each candidate
 ) -> Callable[[ActiveConfig, int], StageEvaluator]:
     "Makes evaluators that tune and score the candidates, as (settings in force, seed) say."
     def make(rules: ActiveConfig, seed: int) -> StageEvaluator:
         elastic = partial(weights, rules.center) if rules.phase in ("scan", "evolve") else None
         return Evaluator(
             inputs.model, inputs.database, inputs.pools, rules.stages, rules.training, rules.fitness, seed,
-            rules.warm_start, n_jobs=rules.n_jobs, elastic=elastic, by_block=bool(rules.phase))
+            rules.warm_start, n_jobs=rules.n_jobs, elastic=elastic, by_block=bool(rules.phase), team=team)
 
     return make
 

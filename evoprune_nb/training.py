@@ -27,6 +27,7 @@ from .machine.allocator import keep_freed_memory
 from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .machine.files import replace_file
 from .machine.portions import joined, part_size, row_groups, works_by_element
+from .machine.team import Team, compute, own, team_of
 
 # %% ../nbs/13_training.ipynb #be65cb57
 UNUSABLE = ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Rprop")  # of torch.optim
@@ -73,11 +74,14 @@ class Training:
         return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 # %% ../nbs/13_training.ipynb #83bbd924
-def _clipping(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+def _clipping(parameters: list[nn.Parameter], max_norm: float, team: Team) -> torch.Tensor:
     "What gradients are multiplied by, so that all together have at most this norm."
-    pieces = (piece for parameter in parameters for piece in parameter.grad.flatten().split(2**20))
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
-    return (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1)
+    pieces = (piece for parameter in parameters for piece in own(parameter.grad).flatten().split(2**20))
+    norm = torch.linalg.vector_norm(torch.stack(
+        [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]))
+    if team.size > 1:  # each has the gradients of its slices
+        norm.fill_(math.sqrt(team.size * team.mean(norm.item() ** 2)))
+    return (max_norm / (norm + 1e-6)).clamp(max=1)
 
 # %% ../nbs/13_training.ipynb #b13656ce
 class Masters:
@@ -91,8 +95,12 @@ class Masters:
     ):
         self.settings = settings
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p.detach().float() for p in self.parameters]  # of a float32 model, the parameters
+        self.masters = [own(p.detach()).float() for p in self.parameters]  # of a float32 model, the parameters
         device, by_element = self.parameters[0].device.type, works_by_element(settings.optimizer)
+        self.team = team_of(model)
+        if self.team.size > 1 and not by_element:
+            raise ValueError(f"{settings.optimizer} looks at whole matrices, so devices cannot share a candidate; "
+                             "take an optimizer that treats every number alone, such as AdamW")
         part = part or part_size(device)
         options = {"fused": device in ("cpu", "cuda")} if by_element else {}
         self.part = part if by_element else max(p.numel() for p in self.parameters)
@@ -122,13 +130,14 @@ class MasterOptimizer(Masters):
     def _gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         "Gradient and weights of each portion; a parameter's gradient is freed with its last one."
         for parameter in self.parameters:
-            gradient, parameter.grad = parameter.grad, None
-            yield from zip(row_groups(gradient, self.part), row_groups(parameter, self.part))
+            gradient, parameter.grad = own(parameter.grad), None
+            yield from zip(row_groups(gradient, self.part), row_groups(own(parameter), self.part))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         "Clip gradients, update the masters, round them into the model, forget all gradients."
-        scale, gradients = _clipping(self.parameters, self.settings.max_grad_norm), self._gradients()
+        scale = _clipping(self.parameters, self.settings.max_grad_norm, self.team)
+        gradients = self._gradients()
         for s, optimizer in zip(self.parts, self.optimizers):
             masters, weights = self.portions[s], []
             for master, (gradient, rounded) in zip(masters, gradients):
@@ -187,7 +196,7 @@ def train(
         check_blocks(blocks, model)
     model.requires_grad_(True)
     result, optimizer = TrainingResult(), optimizer or MasterOptimizer(model, settings)
-    batches = blocks.split(settings.batch_size)
+    team, batches = optimizer.team, blocks.split(settings.batch_size)
     saved = Checkpoint(checkpoint, settings, blocks, optimizer) if checkpoint else None
     if saved and saved.path.exists():
         result = saved.load()
@@ -195,8 +204,8 @@ def train(
     bar = dict(desc=progress, unit="step", initial=start, total=n, disable=not progress)
     for step in tqdm(range(start, n), **bar):
         check_cancelled()
-        loss = next_token_loss(model, batches[step])
-        result.losses.append(loss.item())
+        loss = compute(model, next_token_loss, team.part(batches[step]))
+        result.losses.append(team.mean(loss.item()))
         result.tokens += batches[step].numel()
         if not math.isfinite(result.losses[-1]):
             result.finite = False

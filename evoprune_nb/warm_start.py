@@ -19,6 +19,8 @@ from .candidates import materialize
 from .data import TokenPool, derive_seed
 from .database import LevelDatabase
 from .genome import Genome
+from .machine.team import ALONE, Team, spread
+from .models import decoder_layers
 from .selection import Stage
 from .training import MasterOptimizer, Training, train
 
@@ -94,9 +96,10 @@ class Tuner:
         training: Training,  # how candidates are tuned
         seed: int,  # the run's seed
         warm_start: bool,  # whether survivors keep their tuned weights
+        team: Team = ALONE,  # devices that share a tuned candidate
     ):
         self.model, self.database, self.stages = model, database, stages
-        self.training, self.warm_start = training, warm_start
+        self.training, self.warm_start, self.team = training, warm_start, team
         draw = continued_blocks if warm_start else separate_blocks
         self.blocks = partial(draw, pools.get("tuning"), stages, training.batch_size, seed)
         self.kept = KeptCandidates(stages)
@@ -110,6 +113,8 @@ class Tuner:
         if tuned is None:
             trainable = self.stages[stage].tuning_tokens > 0
             tuned = TunedCandidate(materialize(self.model, self.database, genome, trainable=trainable))
+            if trainable:
+                spread(tuned.model, decoder_layers(tuned.model)[1], self.team)
         for index in range(tuned.stage + 1, stage + 1) if self.warm_start else [stage]:
             if tuned.finite and self.stages[index].tuning_tokens:
                 self._train(tuned, *self.blocks(generation, index), check_cancelled)

@@ -16,7 +16,9 @@ from evoprune_nb.cluster.parts import describe_parts, load_inputs
 from evoprune_nb.cluster.stages import Cluster
 from evoprune_nb.history import History
 from evoprune_nb.search import Search, SearchInputs
+from evoprune_nb.selection import Stage
 from evoprune_nb.source import Source
+from evoprune_nb.training import Training
 from evoprune_nb.ui.cli import main
 from evoprune_nb.ui.panel import workers_html
 
@@ -129,7 +131,7 @@ def test_the_log_is_that_of_a_search_alone(small, machines, tmp_path):
         search = on.search(tmp_path / "cluster")
 
         def kill() -> None:
-            ray.kill(on.workers.ready()[0].process)
+            ray.kill(on.workers.ready()[0].processes[0])
 
         found = steered(search, commands(search) | {2: kill, 8: join, 10: lambda: cluster.remove_node(nodes[1], allow_graceful=False)})
         rows = [row for row in events(search.run_dir) if row["event"] == "evaluation"]
@@ -146,6 +148,26 @@ def test_a_database_built_on_workers(small, machines, tmp_path):
     many = build("many", 4, 4)
     errors = lambda database: torch.tensor([level for row in database.errors for level in row])
     assert torch.allclose(errors(many), errors(local), rtol=1e-3, atol=1e-6)
+
+
+def test_two_devices_share_a_candidate(small, machines, tmp_path):
+    "Weights, gradients and text in two parts give the numbers of one process, to rounding; a killed half is replaced."
+    cluster, *_ = machines
+    node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, env_vars={"MINE": str(tmp_path / "here")})
+    config = short_config(generations=3, warm_start=True, stages=(Stage(2, 64, 64), Stage(1, 128, 64)), training=Training(lr=1e-3, batch_size=2))
+    alone = Search(tmp_path / "alone", *small, small_pools(), config)
+    expected = [row for row in steered(alone, {}) if row["event"] == "evaluation"]
+    with Cluster(*small, small_pools(), config, address=cluster.address, copies="$MINE/copies", patience=200, per_candidate=2, most=1) as on:
+        search = on.search(tmp_path / "cluster")
+        found = steered(search, {2: lambda: ray.kill(on.workers.ready()[0].processes[1])})
+        rows = [row for row in events(search.run_dir) if row["event"] == "evaluation"]
+    found = [row for row in found if row["event"] == "evaluation"]
+    assert [row["genome"] for row in found] == [row["genome"] for row in expected]
+    for name in ("fitness", "tuning_loss"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=1e-4)
+    assert [row["tuning_tokens"] for row in found] == [row["tuning_tokens"] for row in expected]
+    assert {row["device"] for row in rows} == {"2 × cpu"}
+    cluster.remove_node(node)
 
 
 def test_no_room(small, machines):

@@ -48,15 +48,15 @@ def test_wider_than_the_batch_brings_nothing():
 
 
 def test_devices_that_a_job_needs():
-    "The smallest power of two whose shares fit; a figure has a panel for each model and number of devices."
+    "The smallest power of two on which the search fits; the dense model is on each of them. A figure has a panel for each model and number of devices."
     configuration = transformers.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=1000, dtype="float32")
-    whole = plan(configuration, SearchConfig(), 4096, 128)
-    assert set(whole.devices().values()) == {1}
-    most = max(phase.memory_bytes for phase in whole.phases)
-    small = plan(configuration, SearchConfig(), 4096, 128, device=Device("small", most * 2 // 5, 1e12, 1e12))
-    for phase in small.phases:
-        n = small.devices()[phase.name]
-        assert phase.memory_bytes <= n * small.device.memory_bytes and (n == 1 or phase.memory_bytes > n / 2 * small.device.memory_bytes)
-    assert max(small.devices().values()) == 4
+    planned = lambda memory: plan(configuration, SearchConfig(), 4096, 128, device=Device("small", memory, 1e12, 1e12))
+    (_, search), dense = planned(10**12).phases, planned(10**12).dense_params * 4
+    assert planned(search.memory_bytes).devices_per_candidate() == 1
+    for n in (2, 4):
+        fits = round(search.memory_on(n)) + 1
+        assert planned(fits).devices_per_candidate() == n and search.memory_on(n) > dense
+        assert f"search needs {search.memory_bytes / 1e9:,.1f} GB" in "".join(planned(fits).too_large()) and f"fits {n} that share each candidate" in "".join(planned(fits).too_large())
+    assert planned(dense).devices_per_candidate() is None and "share" not in "".join(planned(dense).too_large())
     figure = scaling_figure({"a": CandidateCost(1e-5, 512, 8, 1e6, 1e9)}, {"16 offspring": PUBLISHED}, (2, 8))
     assert [axes.get_title() for axes in figure.axes] == ["a, 2 devices", "a, 8 devices"]

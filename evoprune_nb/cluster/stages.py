@@ -18,6 +18,7 @@ from .workers import StageWork, Worker, Workers, connect, disconnect
 from ..config import ActiveConfig, SearchConfig
 from ..data import TokenPool
 from ..database import LevelDatabase
+from ..evaluator import check_shares
 from ..genome import Genome
 from ..search import Search, SearchInputs, SharedWeights, candidate_evaluator, check_inputs
 from ..selection import FITNESS, Evaluation
@@ -72,6 +73,7 @@ def cluster_evaluator(
 
     def make(rules: ActiveConfig, seed: int) -> ClusterEvaluator:
         check(rules, seed)  # raises here what would be raised there
+        check_shares(workers.per_candidate, rules.stages, rules.training, inputs.pools["scoring"].seq_len)
         if FITNESS[rules.fitness] is not None:
             raise ValueError(f"fitness {rules.fitness!r} is known to this process only; use kl or perplexity")
         return ClusterEvaluator(workers, rules, seed, str(path))
@@ -92,7 +94,7 @@ class Cluster:
         address: str = "local",  # of the Ray cluster, see `connect`
         copies: str = "",  # folder for copies, where machines do not see these files: "$TMPDIR/evoprune"
         device: str = "cpu",  # of the workers: "cuda" with gpus
-        **options,  # cpus, gpus, most, patience: see `Workers`
+        **options,  # cpus, gpus, per_candidate, most, patience: see `Workers`
     ):
         self.inputs, self.source = SearchInputs(model, database, pools, config), source
         check_inputs(self.inputs)

@@ -8,7 +8,7 @@ __all__ = ['meta_model', 'Device', 'matmul_rate', 'this_device', 'Phase', 'Plan'
 # %% ../../nbs/paper/02_planning.ipynb #2424023a
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -147,6 +147,14 @@ class Phase:
     tokens: int  # that pass through the dense model or a candidate
     flops: float  # floating-point operations of matrix products
     seconds: float | None  # at the device's rates; None without a device
+    divided_bytes: int = 0  # of the memory, what devices that share a candidate divide
+    gathered_bytes: int = 0  # what each of them holds besides, for the layer that it computes
+
+    def memory_on(self, n_devices: int) -> float:
+        "Bytes on each of the devices that share a candidate."
+        if n_devices == 1:
+            return self.memory_bytes
+        return self.memory_bytes - self.divided_bytes * (1 - 1 / n_devices) + self.gathered_bytes
 
 # %% ../../nbs/paper/02_planning.ipynb #1203004c
 @dataclass(frozen=True)
@@ -162,15 +170,18 @@ class Plan:
 
     def too_large(self) -> list[str]:
         "Which phases need more memory than the device has, in words."
-        have = self.device.memory_bytes if self.device else math.inf
+        have, advice = self.device.memory_bytes if self.device else math.inf, {}
+        if n := self.devices_per_candidate():
+            advice["search"] = f" (fits {n} that share each candidate)"
         return [f"{phase.name} needs {phase.memory_bytes / 1e9:,.1f} GB, {self.device.name} has "
-                f"{have / 1e9:,.1f} GB" for phase in self.phases if phase.memory_bytes > have]
+                f"{have / 1e9:,.1f} GB{advice.get(phase.name, '')}" for phase in self.phases if phase.memory_bytes > have]
 
-    def devices(self) -> dict[str, int]:
-        "How many devices must share each phase for its memory, in powers of two; 1: a device holds it alone."
+    def devices_per_candidate(self) -> int | None:
+        "How many devices must share a candidate of the search, in powers of two; None: no number is enough."
         have = self.device.memory_bytes if self.device else math.inf
-        shares = {phase.name: max(1.0, phase.memory_bytes / have) for phase in self.phases}
-        return {name: 2 ** math.ceil(math.log2(share)) for name, share in shares.items()}
+        search = next(phase for phase in self.phases if phase.name == "search")
+        numbers = (2**k for k in range(11))
+        return next((n for n in numbers if search.memory_on(n) <= have), None)
 
     def table(self) -> pd.DataFrame:
         "One row per phase."
@@ -216,8 +227,8 @@ def _training_bytes(job: _Job, tokens: int, settings: Training) -> int:
     return weights * optimizer_bytes(itemsize, settings) + max(in_pass, in_step)
 
 # %% ../../nbs/paper/02_planning.ipynb #2632745f
-def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float]:
-    "Memory, tokens and operations of one generation."
+def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float, float]:
+    "Memory, tokens, operations, and the memory that devices sharing a candidate divide, of one generation."
     space, itemsize, state = job.space, job.dtype.itemsize, job.hidden * job.dtype.itemsize
     stages = [stage.drawn(job.seq_len) for stage in config.stages]
     most, targets = (pick(stage.scoring_tokens for stage in stages) for pick in (max, sum))
@@ -237,19 +248,27 @@ def _generation(job: _Job, config: ActiveConfig) -> tuple[float, int, float]:
     is_shared = config.n_jobs > 1 and config.fitness != "perplexity"
     shared = min(most, SHARED_CHUNKS * CHUNK) * job.vocabulary * itemsize * is_shared
     levels = (job.weights - space.fixed_params) * itemsize  # pages of the database that were read
-    memory = space.dense_params * itemsize + levels + most * state + waiting * config.warm_start * tuned
-    return memory + shared + at_work, sum(tokens.values()) + targets, flops
+    divided = most * state + waiting * config.warm_start * tuned + at_work
+    memory = space.dense_params * itemsize + levels + shared + divided
+    if tokens["tuning"]:
+        divided -= head_bytes(job.vocabulary, job.hidden, itemsize, batch, device=job.where)
+    return memory, sum(tokens.values()) + targets, flops, divided
 
 # %% ../../nbs/paper/02_planning.ipynb #68e1dc86
 def _search(job: _Job, config: SearchConfig) -> Phase:
     "The generations. With method elastic, the elastic model is held beside the dense one."
     rules, n = ActiveConfig.of(config), config.generations
     if config.method == "darwinlm":  # all generations are alike
-        memory, tokens, flops = _generation(job, rules)
-        return job.phase("search", memory, 0, n * tokens, n * flops)
-    memory, tokens, flops = zip(*(_generation(job, rules.at(g, job.space)) for g in range(n)))
-    held = job.space.dense_params * job.dtype.itemsize
-    return job.phase("search", max(memory) + held, 0, sum(tokens), sum(flops))
+        memory, tokens, flops, divided = _generation(job, rules)
+        phase = job.phase("search", memory, 0, n * tokens, n * flops)
+    else:
+        each = [_generation(job, rules.at(g, job.space)) for g in range(n)]
+        memory, _, _, divided = max(each)
+        held = job.space.dense_params * job.dtype.itemsize
+        phase = job.phase("search", memory + held, 0, sum(row[1] for row in each), sum(row[2] for row in each))
+    layer = (job.weights - job.space.fixed_params) / job.n_layers
+    gathered = 2 * job.dtype.itemsize * (job.space.fixed_params + layer)  # weights and gradients
+    return replace(phase, divided_bytes=round(divided), gathered_bytes=round(gathered))
 
 
 def _elastic(job: _Job, settings: ElasticTraining, rounds: int) -> Phase:

@@ -518,6 +518,8 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--address", None, words)
     add_option(parser, "--cpus", 1, "cores of each worker on a cluster")
     add_option(parser, "--gpus", 0.0, "GPUs of each worker on a cluster, or a share of one")
+    words = "workers that share a candidate too large for one, each with its cores and GPU"
+    add_option(parser, "--per-candidate", 1, words)
 
 # %% ../../nbs/ui/21_cli.ipynb #f6db4d93
 def _check_search(options: argparse.Namespace) -> None:
@@ -528,8 +530,10 @@ def _check_search(options: argparse.Namespace) -> None:
     check_whole("--multiple", options.multiple, least=0)
     check_whole("--cpus", options.cpus, least=1)
     check_number("--gpus", options.gpus, least=0)
-    if options.address is None and (options.cpus > 1 or options.gpus):
-        raise ValueError("--cpus and --gpus are of the workers on a cluster: add --address, e.g. local")
+    check_whole("--per-candidate", options.per_candidate, least=1)
+    if options.address is None and (options.cpus > 1 or options.gpus or options.per_candidate > 1):
+        raise ValueError("--cpus, --gpus and --per-candidate are of the workers on a cluster: "
+                         "add --address, e.g. local")
     check_choice("--heads", options.heads, HEAD_MODES)
     if Path(options.run_dir).is_file():
         raise ValueError(f"{options.run_dir} is a file; RUN_DIR is a directory, new or of a search")
@@ -562,7 +566,8 @@ def _on_cluster(search: Search, options: argparse.Namespace) -> Iterator[Search]
 
     parts = search.model, search.database, search.pools, search.config, History(search.run_dir).source
     device = "cuda" if options.gpus else "cpu"
-    with Cluster(*parts, options.address, device=device, cpus=options.cpus, gpus=options.gpus) as cluster:
+    each = dict(cpus=options.cpus, gpus=options.gpus, per_candidate=options.per_candidate)
+    with Cluster(*parts, options.address, device=device, **each) as cluster:
         yield cluster.search(search.run_dir)
 
 
