@@ -34,7 +34,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
         model_name="tiny", seq_len="64", calibration_tokens="1024", offspring="4", survivors="[2, 1]", tuning_tokens="[0, 128]", scoring_tokens="[64, 128]", layer_shapes="[[16, 48]]", widths="[32, 64]", lambdas="[4]",
         repeats="1", selection_seeds="[0]", selection_generations="1", selection_heldout_tokens="1024", selection_post_tokens="1024", run_dir="{}/runs/benchmarks"),
     "proxy": dict(
-        seq_len="64", calibration_tokens="1024", post_tokens="1024", light_tokens="[128]", elastic_tokens="1024", scoring_tokens="512",
+        seq_len="64", calibration_tokens="1024", post_tokens="1024", light_tokens="[128]", elastic_tokens="1024", scoring_tokens="512", profile_tokens="128",
         heldout_tokens="1024", run_dir="{}/runs/proxy"),
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
