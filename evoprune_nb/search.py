@@ -570,20 +570,26 @@ class SharedWeights:
             self.train(center)
         return self._held[1]
 
-    def train(self, center: str = "") -> dict:
-        "Train it, unless its file is there; returns what the log says of it."
-        inputs, start = self.inputs, time.perf_counter()
+    def _made_of(self, center: str) -> tuple:
+        "What `elastic_model` makes it of, beside the dense model."
+        inputs = self.inputs
         budget, uniform = plan_budget(inputs.space, inputs.config.target)
         words, genome = ((center,), Genome.parse(center)) if center else ((), uniform)
         seed = derive_seed(inputs.config.seed, *words, "elastic")
-        settings = inputs.config.elastic.training
-        made_of = inputs.database, inputs.pools["tuning"], budget, genome, settings, seed
-        path = elastic_file(self.path, center, elastic_work(*made_of))
+        return inputs.database, inputs.pools["tuning"], budget, genome, inputs.config.elastic.training, seed
+
+    def file(self, center: str = "") -> tuple[str, Path]:
+        "The work that it is, and where it lies."
+        work = elastic_work(*self._made_of(center))
+        return work, elastic_file(self.path, center, work)
+
+    def train(self, center: str = "") -> dict:
+        "Train it, unless its file is there; returns what the log says of it."
+        start, (work, path) = time.perf_counter(), self.file(center)
         self._held = "", None  # two are never held at once
-        model, result = elastic_model(inputs.model, *made_of, path)
+        model, result = elastic_model(self.inputs.model, *self._made_of(center), path)
         self._held = center, model
-        seconds = round(time.perf_counter() - start, 1)
-        return {"work": elastic_work(*made_of), "losses": result.losses, "seconds": seconds}
+        return {"work": work, "losses": result.losses, "seconds": round(time.perf_counter() - start, 1)}
 
 # %% ../nbs/23_search.ipynb #9665f939
 def candidate_evaluator(

@@ -14,6 +14,8 @@ from evoprune_nb.cluster.building import build_on_cluster
 from evoprune_nb.cluster.dispatch import WorkerLost, hand_out
 from evoprune_nb.cluster.parts import describe_parts, load_inputs
 from evoprune_nb.cluster.stages import Cluster
+from evoprune_nb.config import ElasticSearch
+from evoprune_nb.elastic import ElasticTraining
 from evoprune_nb.history import History
 from evoprune_nb.search import Search, SearchInputs
 from evoprune_nb.selection import Stage
@@ -137,6 +139,17 @@ def test_the_log_is_that_of_a_search_alone(small, machines, tmp_path):
         rows = [row for row in events(search.run_dir) if row["event"] == "evaluation"]
     assert found == expected and search.parent == alone.parent
     assert {(row["device"], row["host"] != "") for row in rows} == {("cpu", True)}
+
+
+def test_an_elastic_model_reaches_machines_that_do_not_see_it(small, machines, tmp_path):
+    "Machines with copies get the elastic model of each round, too; the log is that of a search alone."
+    cluster, *_ = machines
+    elastic = ElasticSearch(ElasticTraining(tokens=256, training=Training(lr=1e-3, batch_size=2)), scan_tokens=64, scoring_tokens=64, profile_tokens=32, entrants=0, scans=(0, 3))
+    config = short_config(method="elastic", elastic=elastic, fitness="perplexity", generations=7, stages=(Stage(1, 64, 64),))
+    expected = steered(Search(tmp_path / "alone", *small, small_pools(), config), {})
+    with Cluster(*small, small_pools(), config, address=cluster.address, copies="$MINE/copies", patience=200) as on:
+        found = steered(on.search(tmp_path / "cluster"), {})
+    assert found == expected and len([row for row in found if row["event"] == "elastic"]) == 2
 
 
 def test_a_database_built_on_workers(small, machines, tmp_path):

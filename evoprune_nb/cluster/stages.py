@@ -8,6 +8,7 @@ __all__ = ['ClusterEvaluator', 'cluster_evaluator', 'Cluster']
 # %% ../../nbs/cluster/03_stages.ipynb #f91bdba7
 import itertools
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -37,8 +38,9 @@ class ClusterEvaluator:
         rules: ActiveConfig,  # settings in force
         seed: int,  # of the branch
         elastic: str = "",  # file of the elastic model, if the rules need it
+        copy: Callable[[], tuple] = lambda: (),  # what `StageWork` says of its copy
     ):
-        self.workers, self.rules, self.seed, self.elastic = workers, rules, seed, elastic
+        self.workers, self.rules, self.seed, self.elastic, self.copy = workers, rules, seed, elastic, copy
         self.number, self._homes = next(_EVALUATORS), {}  # (generation, genome) → who trained it last
 
     def evaluate_stage(
@@ -48,7 +50,7 @@ class ClusterEvaluator:
         self.workers.choose_kind()
         number = next(self.workers.numbers)
         about = (number, self.number, self.rules, self.seed, self.elastic)
-        work = StageWork(*about, tuple(candidates), generation, stage)
+        work = StageWork(*about, tuple(candidates), generation, stage, *self.copy())
         homes = {(generation, code): w for (g, code), w in self._homes.items() if g == generation}
 
         def begin(worker: Worker, index: int):
@@ -66,17 +68,28 @@ def cluster_evaluator(
     workers: Workers,  # who evaluates
     inputs: SearchInputs,  # of the search
     run_dir: Path,  # holds the elastic model, if the settings need it
+    put: Callable[[bytes], object] | None = None,  # keeps bytes for workers that do not see it
 ) -> Callable[[ActiveConfig, int], ClusterEvaluator]:
     "A function that makes evaluators from (settings in force, seed), for a search in a directory."
     path = Path(run_dir).resolve() / "elastic.safetensors"
-    check = candidate_evaluator(inputs, SharedWeights(inputs, path))
+    weights, kept = SharedWeights(inputs, path), {}
+    check = candidate_evaluator(inputs, weights)
+
+    def copy(rules: ActiveConfig) -> tuple:
+        "The elastic model of these rules, for workers that do not see its file."
+        if put is None or rules.phase not in ("scan", "evolve"):
+            return ()
+        work, file = weights.file(rules.center)
+        if work not in kept:
+            kept[work] = {file.name: put(file.read_bytes())}
+        return kept[work], work
 
     def make(rules: ActiveConfig, seed: int) -> ClusterEvaluator:
         check(rules, seed)  # raises here what would be raised there
         check_shares(workers.per_candidate, rules.stages, rules.training, inputs.pools["scoring"].seq_len)
         if FITNESS[rules.fitness] is not None:
             raise ValueError(f"fitness {rules.fitness!r} is known to this process only; use kl or perplexity")
-        return ClusterEvaluator(workers, rules, seed, str(path))
+        return ClusterEvaluator(workers, rules, seed, str(path), partial(copy, rules))
 
     return make
 
@@ -98,12 +111,10 @@ class Cluster:
     ):
         self.inputs, self.source = SearchInputs(model, database, pools, config), source
         check_inputs(self.inputs)
-        if copies and config.method == "elastic":
-            raise ValueError("method 'elastic' needs workers that see the run directory; leave out copies")
         self._connected = connect(address)
         import ray
 
-        parts = describe_parts(self.inputs, source, device, copies, ray.put)
+        parts, self._put = describe_parts(self.inputs, source, device, copies, ray.put), ray.put if copies else None
         self.workers = Workers(parts, **options)
 
     def heldout_loss(self, genome: Genome) -> tuple[float, float | None]:
@@ -114,7 +125,7 @@ class Cluster:
 
     def search(self, run_dir: str | Path) -> Search:
         "A search whose candidates the workers evaluate."
-        inputs, make = self.inputs, cluster_evaluator(self.workers, self.inputs, run_dir)
+        inputs, make = self.inputs, cluster_evaluator(self.workers, self.inputs, run_dir, self._put)
         parts = inputs.model, inputs.database, inputs.pools, inputs.config
         return Search(run_dir, *parts, make, self.source, self.heldout_loss)
 

@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import evoprune_nb
 from .dispatch import WorkerLost
-from .parts import Parts, load_dense, load_inputs
+from .parts import Parts, load_dense, load_inputs, local_copy
 from ..config import ActiveConfig
 from ..genome import Genome
 from ..machine.checks import check_number, check_whole, shown
@@ -45,6 +46,8 @@ class StageWork:
     candidates: tuple[Genome, ...]  # all of the stage
     generation: int
     stage: int
+    copy: Mapping = field(default_factory=dict)  # a file of `elastic` → Ray's reference; empty: it is seen there
+    work: str = ""  # what that file is
 
 # %% ../../nbs/cluster/02_workers.ipynb #a8b5ba0d
 class ModelProcess:
@@ -110,11 +113,24 @@ class WorkerProcess(ModelProcess):
 
         check_cancelled()
         if self._evaluator[0] != work.evaluator:
-            make = candidate_evaluator(self.inputs, SharedWeights(self.inputs, work.elastic), self.team)
+            weights = SharedWeights(self.inputs, self._elastic(work))
+            make = candidate_evaluator(self.inputs, weights, self.team)
             self._evaluator = work.evaluator, make(replace(work.rules, n_jobs=1), work.seed)
         evaluator, place = self._evaluator[1], (work.generation, work.stage)
         text = evaluator.shared(work.candidates, *place)
         return evaluator.evaluate(*place, text, work.candidates[index], check_cancelled)
+
+    def _elastic(self, work: StageWork) -> Path:
+        "Where the elastic model lies on this machine: a copy is made if it is not seen."
+        import ray
+
+        path = Path(work.elastic)
+        if not work.copy:
+            return path
+        known = replace(
+            self.parts, expected={**self.parts.expected, "elastic": work.work},
+            files={**self.parts.files, "elastic": work.copy})
+        return local_copy(known, "elastic", ray.get) / path.name
 
     def heldout(self, genome: Genome) -> tuple[float, float | None]:
         "Loss of a genome on held-out text, and its standard error."
