@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -138,6 +139,12 @@ class Cells:
         found = [self.read(path) for path in self.directory.glob("*.json")]
         found.sort(key=lambda cell: [_order(value) for value in cell["key"].values()])
         return pd.DataFrame([cell["key"] | cell["value"] | {"seconds": cell["seconds"]} for cell in found])
+
+    def processors(self) -> str:
+        "What the cells were computed on, and how many."
+        origins = [self.read(path).get("provenance", {}) for path in self.directory.glob("*.json")]
+        counts = Counter(origin.get("processor") or "unknown" for origin in origins)
+        return "; ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
 
 # %% ../../nbs/paper/07_grid.ipynb #3b05665b
 def work_left(

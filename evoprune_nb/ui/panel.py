@@ -67,7 +67,7 @@ _TABLES = """\
 .evo-stats b { display: block; font-size: 15px; font-weight: 600; font-variant-numeric: tabular-nums;}
 .evo-stats span, .evo-quiet { color: var(--jp-ui-font-color2, #555); font-size: 12px;}
 .evo table {
-  border-collapse: collapse; width: 100%; max-width: 760px; font-size: 12.5px; font-variant-numeric:
+  border-collapse: collapse; margin-bottom: 10px; width: 100%; max-width: 760px; font-size: 12.5px; font-variant-numeric:
   tabular-nums; }
 .evo th, .evo td {
   text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--jp-border-color3, #eee); background:
