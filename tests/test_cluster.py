@@ -188,6 +188,10 @@ def test_no_room(small, machines):
     cluster, *_ = machines
     with pytest.raises(ValueError, match=r"needs 100 CPU, 0 GPU, they have 1 CPU, 0 GPU"):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=100)
+    with pytest.raises(ValueError, match=r"2 devices that share a candidate need blocks in multiples of 2: change scoring of stage 1 \(3\)"):
+        Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", per_candidate=2)
+    with pytest.raises(ValueError, match="whole GPUs; got gpus=0.5"):
+        Cluster(*small, small_pools(), short_config(stages=(Stage(1, 64, 64),)), address=cluster.address, copies="$MINE", per_candidate=2, gpus=0.5)
     with pytest.raises(ValueError, match="cpus must be a whole number"):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=0)
 
