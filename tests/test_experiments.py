@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,7 +206,9 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         found, page = results(report)["results"], (report / "report.html").read_text()
         assert "begins with weights that its search has trained on 1,024 tokens" in page and "after 2,048 tokens of post-training, as many as ours in all" in page
         cells = sorted(tmp_path.rglob("trained/*.json"))
+        shutil.rmtree(tmp_path / "runs")  # the report is made of the cells alone
         assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
+        assert {"genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
         assert model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
