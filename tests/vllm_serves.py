@@ -36,7 +36,7 @@ def main() -> int:
         wanted = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
         with torch.no_grad():
             logprobs = model(wanted).logits.log_softmax(-1)[:, 11:-1].gather(2, wanted[:, 12:, None])[..., 0]
-        server = LLM(str(path), trust_remote_code=True, model_impl="transformers", dtype="float32", enforce_eager=True, max_model_len=64)
+        server = LLM(str(path), trust_remote_code=True, model_impl="transformers", dtype="float32", enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.2)  # of main memory, too
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1)
         answers = [answer.outputs[0] for answer in server.generate([{"prompt_token_ids": row} for row in prompts.tolist()], sampling)]
     same = [list(answer.token_ids) == row for answer, row in zip(answers, wanted[:, 12:].tolist())]
