@@ -439,7 +439,7 @@ def log_html(history: History) -> str:
 def workers_html(history: History) -> str:
     "Who evaluated how many candidates, in all and in the latest generation; empty before there are any."
     frame = history.evaluations
-    frame = frame[frame.host.fillna("") != ""]
+    frame = frame[frame.host.notna() & (frame.host != "")]
     if frame.empty:
         return ""
     here = (frame.generation == frame.generation.iloc[-1]) & (frame.branch == frame.branch.iloc[-1])
