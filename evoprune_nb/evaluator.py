@@ -38,7 +38,7 @@ from .models import decoder_layers
 from .pruning import layer_span
 from .selection import FITNESS, Evaluation, Stage, check_fitness_name, check_text, check_warm_start
 from .selection import scoring_pool
-from .training import Training
+from .training import Training, check_divisible
 from .warm_start import Tuner
 
 # %% ../nbs/18_evaluator.ipynb #1fe01fd4
@@ -193,7 +193,10 @@ def check_shares(
 ) -> None:
     "Raise `ValueError` unless every step and every stage can be divided into equal parts of whole blocks."
     drawn = [stage.drawn(seq_len) for stage in stages]
-    counts = {"batch_size": training.batch_size if any(stage.tuning_tokens for stage in drawn) else 0}
+    is_tuned = any(stage.tuning_tokens for stage in drawn)
+    if size > 1 and is_tuned:
+        check_divisible(training)
+    counts = {"batch_size": training.batch_size if is_tuned else 0}
     for i, stage in enumerate(drawn):
         counts[f"tuning of stage {i}"] = stage.tuning_tokens // seq_len
         counts[f"scoring of stage {i}"] = max(1, stage.scoring_tokens // seq_len)

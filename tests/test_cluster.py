@@ -14,6 +14,7 @@ from evoprune_nb.cluster.building import build_on_cluster
 from evoprune_nb.cluster.dispatch import WorkerLost, hand_out
 from evoprune_nb.cluster.parts import describe_parts, load_inputs
 from evoprune_nb.cluster.stages import Cluster
+from evoprune_nb.cluster.workers import Arrivals
 from evoprune_nb.config import ElasticSearch
 from evoprune_nb.elastic import ElasticTraining
 from evoprune_nb.history import History
@@ -183,6 +184,25 @@ def test_two_devices_share_a_candidate(small, machines, tmp_path):
     cluster.remove_node(node)
 
 
+def test_a_team_that_loses_one_while_it_loads_gives_its_place_back():
+    "The others wait for the dead one forever, so all are ended and a new team is asked for."
+    class Lost:
+        killed = False
+
+        def __init__(self):
+            self.hello, self.loaded = Future(), Future()
+
+        def kill(self):
+            self.killed = True
+
+    asked = []
+    crew = Arrivals(lambda: asked.append(Lost()) or asked[-1], 1)
+    for future in (asked[0].hello, asked[0].loaded):
+        future.set_exception(WorkerLost("gone"))
+    crew.update(most=1)
+    assert asked[0].killed and len(asked) == 2 and not asked[1].killed
+
+
 def test_no_room(small, machines):
     "What no machine can hold is refused at once, with what they have."
     cluster, *_ = machines
@@ -190,6 +210,8 @@ def test_no_room(small, machines):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", cpus=100)
     with pytest.raises(ValueError, match=r"2 devices that share a candidate need blocks in multiples of 2: change scoring of stage 1 \(3\)"):
         Cluster(*small, small_pools(), short_config(), address=cluster.address, copies="$MINE", per_candidate=2)
+    with pytest.raises(ValueError, match="optimizer Adafactor looks at whole matrices"):
+        Cluster(*small, small_pools(), short_config(stages=(Stage(1, 64, 64),), training=Training(optimizer="Adafactor", batch_size=2)), address=cluster.address, copies="$MINE", per_candidate=2)
     with pytest.raises(ValueError, match="whole GPUs; got gpus=0.5"):
         Cluster(*small, small_pools(), short_config(stages=(Stage(1, 64, 64),)), address=cluster.address, copies="$MINE", per_candidate=2, gpus=0.5)
     with pytest.raises(ValueError, match="cpus must be a whole number"):

@@ -263,6 +263,7 @@ class Arrivals:
                 raise ValueError(f"a worker has evoprune_nb {version}, the driver {evoprune_nb.__version__}")
             worker.about = worker.loaded.result()
         except WorkerLost as error:
+            worker.kill()  # the rest of a team waits for the dead one, and would keep its place
             self.deaths += 1
             if self.deaths >= 5:
                 raise RuntimeError(f"workers die while they load: {error}") from error
