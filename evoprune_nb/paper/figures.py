@@ -253,10 +253,11 @@ def _seen(rows: pd.DataFrame, cells: tuple[int, int] = (160, 30)) -> pd.DataFram
     return rows[~places.duplicated()]
 
 # %% ../../nbs/paper/01_figures.ipynb #33ba5c34
-def _draw_marks(axes, rows: pd.DataFrame, edge: float, label: str | None, **style) -> None:
+def _draw_marks(axes, rows: pd.DataFrame, edge: float, label: str | None, scale: float, **style) -> None:
     "Marks at their difference; at the edge for those beyond it."
     inside, beyond = (_seen(rows[which]) for which in (rows.difference <= edge, rows.difference > edge))
     looks = {"s": 16, "linewidths": 0.9, "label": label} | style
+    looks["s"] *= scale
     if len(inside):
         axes.scatter(inside.generation + 1, inside.difference, **looks)
     if len(beyond):
@@ -290,9 +291,10 @@ def _draw_stage(axes, history: History, rows: pd.DataFrame, stage: int, theme: T
     "One stage: differences on the same tokens, generation by generation."
     axes.axhline(0, color=theme.muted, linewidth=0.8, zorder=1)
     here, edge = _is_on_line(history, rows), _edge(rows.difference)
+    scale = np.clip(60 / rows.generation.nunique(), 0.3, 1)  # many generations: smaller marks
     for label, these, looks in _stage_kinds(rows, theme):
-        _draw_marks(axes, rows[these & here], edge, label, **looks)
-        _draw_marks(axes, rows[these & ~here], edge, None, **looks | {"alpha": 0.4})
+        _draw_marks(axes, rows[these & here], edge, label, scale, **looks)
+        _draw_marks(axes, rows[these & ~here], edge, None, scale, **looks | {"alpha": 0.4})
     places = rows.generation + 1, rows.difference.clip(upper=edge)
     add_hints(axes, *places, _evaluation_words(history, rows), theme)
     _mark_disqualified(axes, rows[rows.disqualified != ""].generation.unique())
