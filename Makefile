@@ -41,18 +41,15 @@ test: .venv/.dev .venv/.chromium  ## run every notebook and every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|(experiments|tutorials)$$)' --skip_file_re '^([_.]|workbench|runs)'
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --instafail --timeout 1200
 
-PYTHONS := 3.10 3.11 3.12 3.13
-TRANSFORMERS := 5.16.1 5.20.*
+# Python and transformers, both from the oldest that is supported to the newest; vLLM pins >= 5.16.1, < 5.21.
+VERSIONS := 3.10/5.16.1 3.11/5.* 3.12/5.20.* 3.13/5.*
 
-test-all: test  ## the tests under every Python that is installed, and with the transformers that vLLM pins
-	@for version in $(PYTHONS); do \
+test-all: test  ## the tests under every Python that is installed, with transformers that vLLM pins, and the newest
+	@for pair in $(VERSIONS); do \
+	  version=$${pair%/*} transformers=$${pair#*/} made=.venv/py$${pair%/*}; \
 	  python$$version -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$$version'.split('.'))))" 2>/dev/null || { echo "no Python $$version here (those of pyenv are, once PYENV_VERSION names them)"; continue; }; \
-	  echo "Python $$version"; python$$version -m venv .venv/py$$version && .venv/py$$version/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' \
-	  && OMP_NUM_THREADS=1 .venv/py$$version/bin/python -m pytest || exit 1; \
-	done
-	@for version in $(TRANSFORMERS); do \
-	  echo "transformers $$version"; $(PYTHON) -m venv .venv/transformers && .venv/transformers/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' "transformers==$$version" \
-	  && OMP_NUM_THREADS=1 .venv/transformers/bin/python -m pytest || exit 1; \
+	  echo "Python $$version, transformers $$transformers"; python$$version -m venv $$made && $$made/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' "transformers==$$transformers" \
+	  && PATH="$(CURDIR)/$$made/bin:$$PATH" OMP_NUM_THREADS=1 $$made/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --instafail --timeout 1200 || exit 1; \
 	done
 
 vllm:  ## check that vLLM serves an export as transformers computes it (in an environment of its own, several GB)
