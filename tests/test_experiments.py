@@ -40,7 +40,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
-        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights']", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}}", anytime="{'elastic, shared weights': [1, 2]}", heldout_tokens="1024", latency_turns="1",
+        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights']", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}}", anytime="{'elastic, shared weights': [1, 2]}", questions="['{}/sums.jsonl']", question_limit="2", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
     "serving": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
@@ -198,6 +198,7 @@ def test_run_again_it_continues(demo, corpus):
 def test_every_other_experiment_runs(notebook, tmp_path, corpus):
     "Each notebook in nbs/experiments runs on the budgets above and leaves a page that opens offline."
     has_report = "report_dir" in notebook_parameters(notebook)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"query": f"{n} + 1 =", "choices": [str(n + 1), "no"], "gold": 0}) + "\n" for n in range(3)))
     assert run(notebook, tmp_path, "it", corpus if "text" in notebook_parameters(notebook) else None) == 0
     report = tmp_path / "reports" / "it"
     check_page(report / "report.html", len(list((report / "figures").glob("*.png"))) if has_report else 0)
@@ -208,7 +209,8 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         cells = sorted(tmp_path.rglob("trained/*.json"))
         shutil.rmtree(tmp_path / "runs")  # the report is made of the cells alone
         assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
-        assert [row["change"] for row in found["anytime"]][-1] == found["anytime"][-1]["change"] and len(found["anytime"]) == 3 and "by minutes of search" in page
+        assert len(found["anytime"]) == 3 and sorted(row["minutes"] for row in found["anytime"]) == [row["minutes"] for row in found["anytime"]] and "by minutes of search" in page
+        assert "2 of sums); guessing gives 50.0 %" in page
         assert {"anytime.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
