@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNUSABLE', 'CHECKPOINT_STEPS', 'POST_TRAINING', 'Training', 'check_divisible', 'Masters', 'MasterOptimizer',
-           'TrainingResult', 'train', 'tensor_digest', 'whole_metadata', 'Checkpoint', 'post_train', 'optimizer_bytes']
+           'TrainingResult', 'check_teacher', 'train', 'tensor_digest', 'whole_metadata', 'Checkpoint', 'post_train',
+           'optimizer_bytes']
 
 # %% ../nbs/13_training.ipynb #dcd88dea
 import hashlib
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import TokenPool, check_blocks, derive_seed
-from .losses import head_is_linear, next_token_loss
+from .losses import head_is_linear, next_token_loss, post_training_loss
 from .machine.allocator import keep_freed_memory
 from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .machine.files import replace_file
@@ -179,6 +181,15 @@ def _check_trainable(model: nn.Module) -> None:
             f"{type(model).__name__} scales or caps its logits after the head; "
             "such models cannot be trained here yet")
 
+
+def check_teacher(teacher: object, distillation: float) -> None:
+    "Raise `ValueError` for a teacher without a weight in the loss, or a weight without a teacher."
+    check_number("distillation", distillation, least=0, most=1)
+    if (teacher is not None) != bool(distillation):
+        given = "a teacher" if teacher is not None else "no teacher"
+        raise ValueError("distillation needs both a teacher and a weight above 0; "
+                         f"got {given} and distillation {distillation}")
+
 # %% ../nbs/13_training.ipynb #eacef918
 @keep_freed_memory()
 def train(
@@ -192,28 +203,33 @@ def train(
     done: int = 0,  # steps of the earlier calls
     n_steps: int | None = None,  # of the whole schedule; None: those of this call
     check_cancelled: Callable[[], None] = lambda: None,  # called before each step; may raise
+    teacher: nn.Module | None = None,  # the dense model, for distillation
+    distillation: float = 0.0,  # weight of the divergence from the teacher in the loss
 ) -> TrainingResult:
-    """Train on next-token loss. With a `checkpoint`, an interrupted call continues to the same weights.
+    """Train on next-token loss, or on a mixture with the divergence from a teacher. With a `checkpoint`, an interrupted call continues to the same weights.
     Raises `ValueError` for a model that cannot be trained, and a checkpoint damaged or of other work."""
     if getattr(model, "shares_weights", False):
         raise ValueError(
             "this candidate shares weights with the dense model, for scoring only; "
             "materialize it with trainable=True to train it")
     check_whole("checkpoint_every", checkpoint_every, least=1)
+    check_teacher(teacher, distillation)
     if optimizer is None:
         _check_trainable(model)
         check_blocks(blocks, model)
     model.requires_grad_(True)
     result, optimizer = TrainingResult(), optimizer or MasterOptimizer(model, settings)
     team, batches = optimizer.team, blocks.split(settings.batch_size)
-    saved = Checkpoint(checkpoint, settings, blocks, optimizer) if checkpoint else None
+    saved = Checkpoint(checkpoint, settings, blocks, optimizer, distillation) if checkpoint else None
+    distilled = partial(post_training_loss, teacher=teacher, distillation=distillation)
+    loss_of = next_token_loss if teacher is None else distilled
     if saved and saved.path.exists():
         result = saved.load()
     start, n = len(result.losses), len(batches)
     bar = dict(desc=progress, unit="step", initial=start, total=n, disable=not progress)
     for step in tqdm(range(start, n), **bar):
         check_cancelled()
-        loss = compute(model, next_token_loss, team.part(batches[step]))
+        loss = compute(model, loss_of, team.part(batches[step]))
         result.losses.append(team.mean(loss.item()))
         result.tokens += batches[step].numel()
         if not math.isfinite(result.losses[-1]):
@@ -250,10 +266,12 @@ class Checkpoint:
     "The state of a training loop in a safetensors file, written whole or not at all."
 
     def __init__(
-        self, path: str | Path, settings: Training, blocks: torch.Tensor, optimizer: MasterOptimizer
+        self, path: str | Path, settings: Training, blocks: torch.Tensor, optimizer: MasterOptimizer,
+        distillation: float = 0.0,
     ):
         self.path, self.optimizer = Path(path), optimizer
-        work = f"{settings} {tuple(blocks.shape)} {optimizer.part}".encode() + blocks.numpy().tobytes()
+        aim = f" distillation {distillation}" if distillation else ""
+        work = f"{settings} {tuple(blocks.shape)} {optimizer.part}{aim}".encode() + blocks.numpy().tobytes()
         self.work = hashlib.sha256(work).hexdigest()[:16]
 
     def save(self, result: TrainingResult) -> None:
@@ -313,10 +331,12 @@ def post_train(
     epochs: int = 1,  # passes over the pool that may be needed
     progress: str = "post-training",  # label of the progress bar
     checkpoint: str | Path | None = None,  # file to resume from
+    teacher: nn.Module | None = None,  # the dense model, for distillation
+    distillation: float = 0.0,  # weight of the divergence from the teacher in the loss
 ) -> TrainingResult:
     "Train a pruned model on `n_tokens` of a pool. Raises `ValueError` when the pool is too small."
     blocks = pool.draw(n_tokens, derive_seed(seed, "post-training"), epochs)
-    return train(model, blocks, settings, progress, checkpoint)
+    return train(model, blocks, settings, progress, checkpoint, teacher=teacher, distillation=distillation)
 
 # %% ../nbs/13_training.ipynb #15ce7546
 _MOMENTS = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "SGD": 0, "Adagrad": 1, "RMSprop": 1}

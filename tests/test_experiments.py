@@ -40,7 +40,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
-        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights']", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}}", anytime="{'elastic, shared weights': [1, 2]}", questions="['{}/sums.jsonl']", question_limit="2", heldout_tokens="1024", latency_turns="1",
+        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights', distilled]", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}, distilled: {genome_of: 'elastic, shared weights', distillation: 0.5}}", anytime="{'elastic, shared weights': [1, 2]}", questions="['{}/sums.jsonl']", question_limit="2", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
     "serving": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
@@ -210,6 +210,9 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         shutil.rmtree(tmp_path / "runs")  # the report is made of the cells alone
         assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
         assert len(found["anytime"]) == 3 and sorted(row["minutes"] for row in found["anytime"]) == [row["minutes"] for row in found["anytime"]] and "by minutes of search" in page
+        by_arm = {row["arm"]: row for row in found["cells"] if row["sparsity"] == 0.5 and row["post_tokens"] == 1024}
+        both = [by_arm["elastic, shared weights"], by_arm["distilled"]]
+        assert len({row["genome"] for row in both}) == len({row["loss_before"] for row in both}) == 1 and len({row["loss"] for row in both}) == 2
         assert "2 of sums); guessing gives 50.0 %" in page
         assert {"anytime.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
