@@ -229,6 +229,29 @@ def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
         train(again, blocks, checkpoint=path)
 
 
+def test_a_distilled_training_resumes_and_is_another_than_one_that_is_not(tmp_path):
+    "With a teacher, an interrupted training ends with the same bits; its checkpoint is refused without, and at another weight. A teacher that is the model itself leaves it where it is."
+    teacher, blocks, path = small_model("llama-gqa", seed=1), random_blocks(20, 12), tmp_path / "checkpoint.safetensors"
+    settings, how = Training(lr=1e-2, batch_size=2), dict(teacher=teacher, distillation=0.5)
+    whole, first, resumed = (small_model("llama-gqa") for _ in range(3))
+    calls = iter([None] * 7)
+
+    def interrupt():
+        if next(calls, "over") == "over":
+            raise Interrupted
+
+    result = train(whole, blocks, settings, **how)
+    with pytest.raises(Interrupted):
+        train(first, blocks, settings, checkpoint=path, checkpoint_every=3, check_cancelled=interrupt, **how)
+    for other in ({}, dict(teacher=teacher, distillation=0.25)):
+        with pytest.raises(ValueError, match="checkpoint of another training"):
+            train(small_model("llama-gqa"), blocks, settings, checkpoint=path, **other)
+    assert train(resumed, blocks, settings, checkpoint=path, **how).losses == result.losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    own = train(small_model("llama-gqa"), blocks, Training(optimizer="SGD", batch_size=2), teacher=small_model("llama-gqa"), distillation=1.0)
+    assert max(map(abs, own.losses)) < 1e-5
+
+
 def test_finished_training_is_not_repeated(tmp_path):
     "Calling a finished run again returns its result and weights without a step."
     blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
