@@ -214,7 +214,7 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         both = [by_arm["elastic, shared weights"], by_arm["distilled"]]
         assert len({row["genome"] for row in both}) == len({row["loss_before"] for row in both}) == 1 and len({row["loss"] for row in both}) == 2
         assert "2 of sums); guessing gives 50.0 %" in page
-        assert {"anytime.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
+        assert {"anytime.png", "moves.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
         assert model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
