@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,8 @@ def test_setup_follows_settings(configured, distribution):
     assert (distribution.get_name(), distribution.get_version()) == (configured["pip_name"], configured["version"])
     assert str(distribution.python_requires) == f">={configured['min_python']}"
     assert list(distribution.install_requires) == configured["requirements"].split()
-    assert dict(distribution.extras_require) == {extra: configured[f"{extra}_requirements"].split() for extra in ("dev", "docs", "eval", "cluster", "llama")}
+    assert {extra: [*map(Requirement, wanted)] for extra, wanted in distribution.extras_require.items()} == {
+        extra: [*map(Requirement, configured[f"{extra}_requirements"].split())] for extra in ("dev", "docs", "eval", "cluster", "llama")}
     assert distribution.entry_points == {"console_scripts": configured["console_scripts"].split("\n")}
 
 
