@@ -45,7 +45,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "serving": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
         run_dir="{}/runs/serving"),
-    "train_tiny": dict(tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
+    "train_tiny": dict(kind="qwen3", kv_heads="6", tokens="2048", vocab_size="4096", seq_len="64", batch_size="4", out="{}/tiny"),
 }
 
 
@@ -217,7 +217,7 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         assert {"anytime.png", "moves.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
         model, tokenizer = load_model(str(tmp_path / "tiny"))
-        assert model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
+        assert model.config.model_type == "qwen3" and model.config.num_key_value_heads == 6 and model.config.num_hidden_layers == 8 and tokenizer.decode(tokenizer("A café.")["input_ids"]) == "A café."
 
 
 def small_experiment(path: Path, parameters: str, *cells: str) -> Path:
