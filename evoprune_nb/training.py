@@ -206,7 +206,8 @@ def train(
     teacher: nn.Module | None = None,  # the dense model, for distillation
     distillation: float = 0.0,  # weight of the divergence from the teacher in the loss
 ) -> TrainingResult:
-    """Train on next-token loss, or on a mixture with the divergence from a teacher. With a `checkpoint`, an interrupted call continues to the same weights.
+    """Train on next-token loss, or on a mixture with the divergence from a teacher. With a `checkpoint`, an
+    interrupted call continues to the same weights.
     Raises `ValueError` for a model that cannot be trained, and a checkpoint damaged or of other work."""
     if getattr(model, "shares_weights", False):
         raise ValueError(

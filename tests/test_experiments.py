@@ -209,7 +209,7 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         cells = sorted(tmp_path.rglob("trained/*.json"))
         shutil.rmtree(tmp_path / "runs")  # the report is made of the cells alone
         assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
-        assert len(found["anytime"]) == 3 and sorted(row["minutes"] for row in found["anytime"]) == [row["minutes"] for row in found["anytime"]] and "by minutes of search" in page
+        assert len(found["anytime"]) == 3 and sorted(row["work"] for row in found["anytime"]) == [row["work"] for row in found["anytime"]] and "by millions of tokens of search" in page
         by_arm = {row["arm"]: row for row in found["cells"] if row["sparsity"] == 0.5 and row["post_tokens"] == 1024}
         both = [by_arm["elastic, shared weights"], by_arm["distilled"]]
         assert len({row["genome"] for row in both}) == len({row["loss_before"] for row in both}) == 1 and len({row["loss"] for row in both}) == 2
