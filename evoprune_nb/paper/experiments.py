@@ -187,8 +187,11 @@ class ReportParts:
 # %% ../../nbs/paper/05_experiments.ipynb #257f3cb9
 def _in_words(value: object) -> str:
     "A parameter or a fact for people: no Python quotes and brackets."
+    inner = lambda part: f"({_in_words(part)})" if isinstance(part, (list, tuple, dict)) else _in_words(part)
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(map(inner, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {inner(part)}" for name, part in value.items()) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:,}" if isinstance(value, int) else str(value)
