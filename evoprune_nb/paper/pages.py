@@ -110,7 +110,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 62em; ma
 h1 { font-size: 1.7em; line-height: 1.25 } h2 { font-size: 1.25em; margin-top: 2em }
 table { border-collapse: collapse; margin: 1em 0; border-top: 2px solid; border-bottom: 2px solid }
 th { border-bottom: 1px solid; font-weight: 600 }
-th, td { padding: .25em .8em; text-align: left; vertical-align: top }
+th, td { padding: .25em .5em; text-align: left; vertical-align: top }
 .number { text-align: right; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 img { max-width: 100%; height: auto } figure { margin: 1.2em 0 }
 figcaption, .quiet { color: #59636e; font-size: .9em } a { color: #0072b2 }
