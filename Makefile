@@ -48,7 +48,7 @@ test-all: test  ## the tests under every Python that is installed, with transfor
 	@for pair in $(VERSIONS); do \
 	  version=$${pair%/*} transformers=$${pair#*/} made=.venv/py$${pair%/*}; \
 	  python$$version -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$$version'.split('.'))))" 2>/dev/null || { echo "no Python $$version here (those of pyenv are, once PYENV_VERSION names them)"; continue; }; \
-	  echo "Python $$version, transformers $$transformers"; python$$version -m venv $$made && $$made/bin/python -m pip install --quiet --editable '.[dev,eval,docs]' "transformers==$$transformers" \
+	  echo "Python $$version, transformers $$transformers"; python$$version -m venv $$made && $$made/bin/python -m pip install --quiet --upgrade --editable '.[dev,eval,docs]' "transformers==$$transformers" \
 	  && PATH="$(CURDIR)/$$made/bin:$$PATH" OMP_NUM_THREADS=1 $$made/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --instafail --timeout 1200 || exit 1; \
 	done
 
