@@ -40,7 +40,7 @@ BUDGETS = {  # every experiment → parameters with which it runs in seconds; "{
     "search": dict(
         seq_len="64", calibration_tokens="1024", seeds="[3]", darwinlm_generations="1", darwinlm_offspring="3", darwinlm_stages="[[1, 0, 128], [1, 128, 128]]",
         elastic_tokens="1024", elastic_generations="3", elastic_offspring="3", scan_tokens="128", elastic_scoring="128", race="[[1, 256, 128]]", entrants="2",
-        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights', distilled]", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}, distilled: {genome_of: 'elastic, shared weights', distillation: 0.5}}", anytime="{'elastic, shared weights': [1, 2]}", questions="['{}/sums.jsonl']", question_limit="2", heldout_tokens="1024", latency_turns="1",
+        post_tokens="[1024, 2048]", sparsities="[0.5, 0.3]", arms="[uniform, elastic, darwinlm, 'elastic, shared weights', distilled]", ours="elastic, shared weights", variants="{half: {elastic_tokens: 512}, distilled: {genome_of: 'elastic, shared weights', distillation: 0.5}}", anytime="{distilled: [1, 2]}", questions="['{}/sums.jsonl']", question_limit="2", heldout_tokens="1024", latency_turns="1",
         run_dir="{}/runs/search"),
     "serving": dict(
         seq_len="64", calibration_tokens="1024", post_tokens="1024", heldout_tokens="1024", types="[float16, q4_k_m]", prompt_tokens="16", new_tokens="4", repeats="1",
@@ -207,12 +207,16 @@ def test_every_other_experiment_runs(notebook, tmp_path, corpus):
         found, page = results(report)["results"], (report / "report.html").read_text()
         assert "begins with weights that its search has trained on 1,024 tokens" in page and "after 2,048 tokens of post-training, as many as ours in all" in page
         cells = sorted(tmp_path.rglob("trained/*.json"))
+        assert (tmp_path / "runs" / "search" / "seed-3" / "0.5" / "elastic").is_dir() and not (tmp_path / "runs" / "search" / "seed-3" / "0.5" / "distilled").exists()  # no search of its own
         shutil.rmtree(tmp_path / "runs")  # the report is made of the cells alone
         assert run(notebook, tmp_path, "it", corpus, compute="False", arms="[]") == 0 and results(report)["results"] == found and sorted(tmp_path.rglob("trained/*.json")) == cells
         assert len(found["anytime"]) == 3 and sorted(row["work"] for row in found["anytime"]) == [row["work"] for row in found["anytime"]] and "by millions of tokens of search" in page
         by_arm = {row["arm"]: row for row in found["cells"] if row["sparsity"] == 0.5 and row["post_tokens"] == 1024}
         both = [by_arm["elastic, shared weights"], by_arm["distilled"]]
         assert len({row["genome"] for row in both}) == len({row["loss_before"] for row in both}) == 1 and len({row["loss"] for row in both}) == 2
+        path = json.loads(next(tmp_path.rglob("genomes/distilled-3-0.5.*.json")).read_text())["value"]["path"]
+        cells = [json.loads(file.read_text()) for file in tmp_path.rglob("anytime/*.json")]
+        assert {cell["key"]["generations"]: cell["value"]["genome"] for cell in cells} == {1: path[0], 2: path[1]} and path[0] != path[2]
         assert "2 of sums); guessing gives 50.0 %" in page
         assert {"anytime.png", "moves.png", "genome.png", "sensitivities.png"} <= {path.name for path in (report / "figures").iterdir()}
     if notebook.stem == "train_tiny":
