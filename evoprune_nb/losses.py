@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'TRAINING_CHUNK', 'final_hidden', 'head_is_linear', 'cached_rows', 'softmax_sums', 'kl_divergence',
            'perplexity', 'cross_entropies', 'cross_entropy', 'head_and_states', 'summed_losses', 'block_losses',
-           'next_token_loss', 'objective', 'post_training_loss', 'head_bytes', 'scoring_bytes', 'loss_bytes']
+           'next_token_loss', 'objective', 'post_training_loss', 'check_head', 'check_teacher', 'head_bytes',
+           'scoring_bytes', 'loss_bytes']
 
 # %% ../nbs/12_losses.ipynb #3e5ea5d6
 import math
@@ -247,6 +248,27 @@ def post_training_loss(
         return objective(logits, targets[rows], dense, distillation, temperature)
 
     return _InChunks.apply(hidden, model.get_output_embeddings().weight, chunk, loss_of) / len(targets)
+
+# %% ../nbs/12_losses.ipynb #heads002
+def check_head(model: nn.Module, name: str) -> None:
+    "Raise `ValueError`, with the model's name, unless logits are hidden states times the head's weight."
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or not head_is_linear(model):
+        raise ValueError(f"{name} ({type(model).__name__}) scales or caps its logits after the head; "
+                         "such models cannot be post-trained here yet")
+
+
+def check_teacher(
+    model: nn.Module,  # to be trained
+    teacher: nn.Module,  # to distil from
+    name: str = "the teacher",  # in messages
+) -> None:
+    "Raise `ValueError` for a teacher whose logits cannot be compared with those of the model."
+    mine, found = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
+    if found != mine:
+        raise ValueError(f"{name} has a vocabulary of {found:,} tokens, the pruned model "
+                         f"one of {mine:,}; distillation needs the same")
+    check_head(teacher, name)
 
 # %% ../nbs/12_losses.ipynb #f24c207e
 def head_bytes(

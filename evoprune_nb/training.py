@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNUSABLE', 'CHECKPOINT_STEPS', 'POST_TRAINING', 'Training', 'check_divisible', 'Masters', 'MasterOptimizer',
-           'TrainingResult', 'check_teacher', 'train', 'tensor_digest', 'whole_metadata', 'Checkpoint', 'post_train',
-           'optimizer_bytes']
+           'TrainingResult', 'train', 'tensor_digest', 'whole_metadata', 'Checkpoint', 'post_train', 'optimizer_bytes']
 
 # %% ../nbs/13_training.ipynb #dcd88dea
 import hashlib
@@ -24,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import TokenPool, check_blocks, derive_seed
-from .losses import head_is_linear, next_token_loss, post_training_loss
+from .losses import check_head, check_teacher, head_is_linear, next_token_loss, post_training_loss
 from .machine.allocator import keep_freed_memory
 from .machine.checks import check_choice, check_number, check_whole, nearest, shown
 from .machine.files import replace_file
@@ -182,13 +181,16 @@ def _check_trainable(model: nn.Module) -> None:
             "such models cannot be trained here yet")
 
 
-def check_teacher(teacher: object, distillation: float) -> None:
-    "Raise `ValueError` for a teacher without a weight in the loss, or a weight without a teacher."
+def _check_distillation(model: nn.Module, teacher: nn.Module | None, distillation: float) -> None:
+    "Raise `ValueError` for a teacher that does not fit the model, or has no weight in the loss."
     check_number("distillation", distillation, least=0, most=1)
     if (teacher is not None) != bool(distillation):
         given = "a teacher" if teacher is not None else "no teacher"
         raise ValueError("distillation needs both a teacher and a weight above 0; "
                          f"got {given} and distillation {distillation}")
+    if teacher is not None:
+        check_head(model, "the model")
+        check_teacher(model, teacher)
 
 # %% ../nbs/13_training.ipynb #eacef918
 @keep_freed_memory()
@@ -214,7 +216,7 @@ def train(
             "this candidate shares weights with the dense model, for scoring only; "
             "materialize it with trainable=True to train it")
     check_whole("checkpoint_every", checkpoint_every, least=1)
-    check_teacher(teacher, distillation)
+    _check_distillation(model, teacher, distillation)
     if optimizer is None:
         _check_trainable(model)
         check_blocks(blocks, model)

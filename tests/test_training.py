@@ -252,6 +252,17 @@ def test_a_distilled_training_resumes_and_is_another_than_one_that_is_not(tmp_pa
     assert max(map(abs, own.losses)) < 1e-5
 
 
+def test_teachers_that_do_not_fit_are_refused():
+    "A bias in the head is no part of the loss; another vocabulary cannot be compared."
+    biased, larger = small_model("llama-gqa"), small_model("llama-gqa")
+    biased.lm_head.bias = nn.Parameter(torch.ones(VOCABULARY))
+    larger.resize_token_embeddings(VOCABULARY + 8)
+    for model, teacher, message in ((biased, small_model("llama-gqa"), "the model .*head"), (small_model("llama-gqa"), biased, "the teacher .*head"),
+                                    (small_model("llama-gqa"), larger, f"vocabulary of {VOCABULARY + 8} tokens, the pruned model one of {VOCABULARY}")):
+        with pytest.raises(ValueError, match=message):
+            train(model, random_blocks(4, 12), teacher=teacher, distillation=0.5)
+
+
 def test_finished_training_is_not_repeated(tmp_path):
     "Calling a finished run again returns its result and weights without a step."
     blocks, path = random_blocks(8, 12), tmp_path / "checkpoint.safetensors"
